@@ -1,0 +1,253 @@
+"""What the check files share: the `check` decorator, the fake upstream's memory, more shims.
+
+A check file is run by .ci/clients with these variables: FAKE_URL, SHIM_URL, SHIM_FILE and
+SHIM_PYTHON. Its arguments are words: only checks with one of them in the title are run.
+Standard library only, as the check files live in different environments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import difflib
+import inspect
+import json
+import os
+import pprint
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.request
+from collections.abc import Iterator
+from typing import Any, Callable, NamedTuple
+
+JSON = dict[str, Any]
+UPSTREAM_KEY = "sk-ant-api03-test"
+CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
+SETTLE_SECONDS = 5.0
+START_SECONDS = 15.0
+PROMPT_TOKENS = 12 + 1500 + 8000  # input + written to the cache + read from it, see scenarios.INPUT
+OUTPUT_TOKENS, THINKING_TOKENS = 90, 40
+
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def clean_environment(home: str, **more: str) -> dict[str, str]:
+    """An environment without the user's own keys, proxies and settings."""
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "TMPDIR", "SYSTEMROOT")}
+    return {**kept, "HOME": home, "USERPROFILE": home, **more}
+
+
+def client_environment(home: str, **more: str) -> dict[str, str]:
+    """For client programs: all that would leave the machine runs into a closed port."""
+    proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), CLOSED)
+    local = dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
+    quiet = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",
+             "LANGSMITH_TRACING": "false"}  # fmt: skip
+    return clean_environment(home, **proxies, **local, **quiet, **more)
+
+
+# --- the fake upstream ----------------------------------------------------------------------------
+
+
+class Received(NamedTuple):
+    """One request as upstream received it."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    raw: bytes
+    status: int
+    refused: str | None
+    request_id: str
+    aborted: bool
+
+    @property
+    def body(self) -> JSON:
+        return json.loads(self.raw)
+
+
+class Upstream:
+    """The fake's memory, as seen from the test process."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def received(self, path: str = "") -> list[Received]:
+        """All requests so far (of that path), once the fake is done with each."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while True:
+            with _direct.open(self.url + "/__requests") as answer:
+                entries = json.load(answer)
+            if all(e["finished"] for e in entries) or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        every = [received_from(e) for e in entries]
+        return [r for r in every if not path or r.path.split("?")[0] == path]
+
+    @property
+    def messages(self) -> list[Received]:
+        return self.received("/v1/messages")
+
+    @property
+    def last(self) -> Received:
+        return self.messages[-1]
+
+    def reset(self) -> None:
+        _direct.open(self.url + "/__reset", data=b"").close()
+
+
+def received_from(entry: JSON) -> Received:
+    headers = {name.lower(): value for name, value in entry["headers"]}
+    raw = base64.b64decode(entry["body"])
+    return Received(
+        entry["method"], entry["path"], headers, raw, entry["status"], entry["refused"],
+        entry["request_id"], entry["aborted"],
+    )  # fmt: skip
+
+
+# --- shims ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def shim(*options: str, **environment: str) -> Iterator[str]:
+    """A shim of its own before the fake upstream; yields its URL."""
+    command = [os.environ["SHIM_PYTHON"], "-X", "dev", os.environ["SHIM_FILE"], "--port", "0"]
+    command += ["--base-url", os.environ["FAKE_URL"], *options]
+    with tempfile.TemporaryDirectory(prefix="shim-home-") as home:
+        variables = clean_environment(home, ANTHROPIC_API_KEY=UPSTREAM_KEY, **environment)
+        log_path = os.path.join(home, "stderr")
+        with open(log_path, "wb") as log:
+            process = subprocess.Popen(
+                command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=log, cwd=home,
+            )  # fmt: skip
+        try:
+            yield listening_url(process)
+        except BaseException:
+            print_log(log_path)
+            raise
+        finally:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        complain_of_traceback(log_path)
+
+
+def listening_url(process: subprocess.Popen[bytes]) -> str:
+    """The URL that a server prints when it is ready; goes on reading in the background."""
+    assert process.stdout
+    timer = threading.Timer(START_SECONDS, process.kill)
+    timer.start()
+    try:
+        for line in process.stdout:
+            found = re.search(rb"listening on (http://127\.0\.0\.1:\d+)", line)
+            if found:
+                threading.Thread(target=process.stdout.read, daemon=True).start()
+                return found.group(1).decode()
+    finally:
+        timer.cancel()
+    raise RuntimeError(f"{process.args} did not start")
+
+
+def print_log(path: str) -> None:
+    with open(path, encoding="utf-8", errors="replace") as log:
+        for line in log.read().splitlines()[-20:]:
+            print("     shim:", line)
+
+
+def complain_of_traceback(path: str) -> None:
+    with open(path, encoding="utf-8", errors="replace") as log:
+        text = log.read()
+    if "Traceback" in text or "ResourceWarning" in text:
+        print_log(path)
+        raise AssertionError("the shim's standard error holds a traceback or a warning")
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+upstream = Upstream(os.environ.get("FAKE_URL", ""))
+SHIM = os.environ.get("SHIM_URL", "")
+_checks: list[tuple[str, Callable[[], Any], int]] = []
+
+
+def check(title: str, *, refused: int = 0) -> Callable[[Any], Any]:
+    """Registers a check; upstream may refuse exactly `refused` requests meanwhile."""
+
+    def register(function: Any) -> Any:
+        _checks.append((title, function, refused))
+        return function
+
+    return register
+
+
+def same(found: Any, wanted: Any, about: str = "") -> None:
+    """Equal, or an AssertionError with a diff."""
+    if found == wanted:
+        return
+    texts = [pprint.pformat(v, width=90).splitlines() for v in (wanted, found)]
+    lines = difflib.unified_diff(*texts, "wanted", "found", lineterm="")
+    raise AssertionError("\n".join([about, *lines]))
+
+
+def translated(received: Received) -> None:
+    """What holds for every request that the shim makes of a client's."""
+    same(received.body.get("stream"), True, "translated requests are streamed")
+    same(received.headers.get("anthropic-version"), "2023-06-01")
+    same(received.headers.get("x-api-key"), UPSTREAM_KEY)
+    assert received.headers.get("user-agent", "").startswith("claude-shim/"), received.headers
+
+
+def run(name: str, invariant: Callable[[Received], None] | None = None) -> int:
+    """Runs the registered checks, one line each; the exit code."""
+    words = sys.argv[1:]
+    failed = 0
+    for title, function, refused in _checks:
+        if words and not any(word in title for word in words):
+            continue
+        upstream.reset()
+        begun = time.monotonic()
+        try:
+            outcome = function()
+            if inspect.isawaitable(outcome):
+                asyncio.run(outcome)  # type: ignore[arg-type]
+            verify(refused, invariant)
+        except Exception as error:
+            failed += 1
+            report(f"{name}: {title}", error)
+        else:
+            spent = time.monotonic() - begun
+            print(f"ok   {name}: {title}" + (f" ({spent:.1f} s)" if spent > 1 else ""), flush=True)
+    return 1 if failed else 0
+
+
+def verify(refused: int, invariant: Callable[[Received], None] | None) -> None:
+    received = upstream.received()
+    sentences = [r.refused for r in received if r.refused]
+    if len(sentences) != refused:
+        raise AssertionError(f"upstream refused {len(sentences)} requests, not {refused}")
+    for one in received:
+        if invariant and one.path.split("?")[0] == "/v1/messages":
+            invariant(one)
+
+
+def report(title: str, error: Exception) -> None:
+    print(f"FAIL {title}")
+    every = traceback.extract_tb(error.__traceback__)
+    for frame in [f for f in every if "check_" in f.filename or "shim" in f.name][-3:]:
+        print(f"     {os.path.basename(frame.filename)}:{frame.lineno}: {frame.line}")
+    for line in f"{type(error).__name__}: {error}".splitlines()[:40]:
+        print("     " + line[:400])
+    with contextlib.suppress(Exception):
+        for received in upstream.received()[-3:]:
+            outcome = received.refused or received.status
+            print(f"     upstream: {received.method} {received.path} -> {outcome}")
+            print(f"       {received.raw[:600].decode(errors='replace')}")
+    sys.stdout.flush()

@@ -1,0 +1,5779 @@
+#!/usr/bin/env python3
+"""Use Claude from any program that speaks OpenAI's or Anthropic's API: one file, no dependencies.
+
+    export ANTHROPIC_API_KEY=sk-ant-api03-...
+    python claude_shim.py                        # serves http://127.0.0.1:8765
+    export OPENAI_BASE_URL=http://127.0.0.1:8765/v1 OPENAI_API_KEY=anything
+    export ANTHROPIC_BASE_URL=http://127.0.0.1:8765
+    python claude_shim.py --upstream echo        # to try it without any credential
+
+How the file is built: numbered sections, strictly bottom-up. A banner names the sections that its
+code may use; section 0 is this head. Sections 1 to 7 are pure: no clock, environment, file, socket,
+thread or random number; identifiers and the time come in as arguments. The Messages shape of
+Anthropic is the only inner shape (the hub): a dialect is a request converter, an answer converter
+and a stream encoder; an upstream yields Messages events and knows no dialect.
+
+Copyright (c) 2026 the claude_shim authors (MIT licence)
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or
+substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import configparser
+import contextlib
+import errno
+import fnmatch
+import hashlib
+import hmac
+import http.server
+import ipaddress
+import itertools
+import json
+import math
+import os
+import re
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import ssl
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections import OrderedDict
+from datetime import datetime, timezone
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Pattern,
+    Sequence,
+    TextIO,
+    Tuple,
+    Type,
+    Union,
+)
+
+__version__ = "0.1.0"
+
+JSON = Dict[str, Any]  # an object on the wire: checked once at the edge, unknown fields survive
+HeaderList = List[Tuple[str, str]]
+
+
+# ----------------------------------------------------------------------
+# 1. Errors                                                     uses: 0
+# ----------------------------------------------------------------------
+# Every failure that a client may see is a ShimError: a sentence its user can act on, with an HTTP
+# status. Both dialects' bodies are made here, so no other section knows how an error looks.
+
+
+class ClientGone(Exception):
+    """The client hung up: there is nobody left to answer."""
+
+
+class ShimError(Exception):
+    """A failure with an HTTP `status`, Anthropic's error `type` and OpenAI's `code` and `param`."""
+
+    status = 500
+    type = "api_error"
+    code: Optional[str] = None
+
+    def __init__(
+        self, message: str, *, param: Optional[str] = None, headers: Iterable[Tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.headers: HeaderList = list(headers)
+
+
+class RequestError(ShimError):
+    """400: the request is wrong; `param` is the path of the field."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ProtocolError(RequestError):
+    """400: the bytes are not a well-formed HTTP/1.1 request; the connection is closed after it."""
+
+
+class AuthenticationError(RequestError):
+    """401: the client key is missing or wrong."""
+
+    status = 401
+    type = "authentication_error"
+
+
+class ForbiddenError(RequestError):
+    """403: a web page, or a host name that is not ours, asked."""
+
+    status = 403
+    type = "permission_error"
+
+
+class NotFoundError(RequestError):
+    """404: there is no such endpoint."""
+
+    status = 404
+    type = "not_found_error"
+    code = "unsupported_endpoint"
+
+
+class ModelNotFoundError(NotFoundError):
+    """404: no model and no alias has this name."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowedError(RequestError):
+    """405: the endpoint exists, the method does not; carries `Allow`."""
+
+    status = 405
+
+
+class RequestTimeoutError(ProtocolError):
+    """408: head or body of the request did not come in time."""
+
+    status = 408
+
+
+class RequestTooLargeError(ProtocolError):
+    """413: the body is over the limit."""
+
+    status = 413
+    type = "request_too_large"
+
+
+class TargetTooLongError(ProtocolError):
+    """414: the request line is over the limit."""
+
+    status = 414
+
+
+class UnsupportedEncodingError(ProtocolError):
+    """415: the body is compressed."""
+
+    status = 415
+
+
+class UpgradeRequiredError(RequestError):
+    """426: no WebSocket here; Codex asks once and falls back to plain HTTP on this status."""
+
+    status = 426
+
+
+class HeadersTooLargeError(ProtocolError):
+    """431: too many or too long header fields."""
+
+    status = 431
+
+
+class NotImplementedTransferError(ProtocolError):
+    """501: a transfer coding other than chunked."""
+
+    status = 501
+
+
+class VersionNotSupportedError(ProtocolError):
+    """505: neither HTTP/1.0 nor HTTP/1.1."""
+
+    status = 505
+
+
+class UpstreamError(ShimError):
+    """A failure that upstream reported: its own status, type, sentence, headers and body."""
+
+    def __init__(
+        self, message: str, *, status: int, type: str, headers: Iterable[Tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(message, headers=headers)
+        self.status = status
+        self.type = type
+
+
+class UpstreamUnreachableError(ShimError):
+    """502: no connection to upstream."""
+
+    status = 502
+
+
+class UpstreamCutError(ShimError):
+    """502: upstream stopped in the middle of an answer, or sent what is not an answer."""
+
+    status = 502
+
+
+class UpstreamTimeoutError(ShimError):
+    """504: upstream was silent for longer than the limit."""
+
+    status = 504
+    type = "timeout_error"
+
+
+class ConfigError(Exception):
+    """A setting is wrong; the message names it and where it came from."""
+
+
+# Status of an error that comes inside a stream, where only Anthropic's type is given
+# (platform.claude.com/docs/en/api/errors).
+STATUS_BY_ERROR_TYPE = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "conflict_error": 409,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+
+# What an OpenAI client is told: our status -> (its status, type, code). 529 is unknown to OpenAI's
+# clients, and Codex tries it 30 times; it knows 503 with this code. 402 as 429 with
+# insufficient_quota is where they look for an empty account.
+OPENAI_ERRORS: Dict[int, Tuple[int, str, Optional[str]]] = {
+    400: (400, "invalid_request_error", None),
+    401: (401, "invalid_request_error", "invalid_api_key"),
+    402: (429, "insufficient_quota", "insufficient_quota"),
+    403: (403, "invalid_request_error", "permission_denied"),
+    404: (404, "invalid_request_error", "not_found"),
+    413: (413, "invalid_request_error", "request_too_large"),
+    429: (429, "rate_limit_error", "rate_limit_exceeded"),
+    504: (504, "server_error", "timeout"),
+    529: (503, "server_error", "server_is_overloaded"),
+}
+
+_TOO_LONG = re.compile(r"prompt is too long|exceed context limit|maximum context length")
+_NO_CREDIT = re.compile(r"credit balance is too low|specified API usage limits")
+
+
+def openai_error(error: ShimError) -> Tuple[int, JSON]:
+    """Return the status and the body of `error` for a client that speaks OpenAI's API."""
+    default = (
+        error.status,
+        "server_error" if error.status >= 500 else "invalid_request_error",
+        None,
+    )
+    status, type_, code = OPENAI_ERRORS.get(error.status, default)
+    message, param = error.message, error.param
+    if error.status == 400 and _TOO_LONG.search(message):
+        # Roo, Cline and LiteLLM look for these words, Codex and LangChain for the code.
+        message += " (prompt is too long: it exceeds the model's maximum context length)"
+        code, param = "context_length_exceeded", param or "messages"
+    elif error.status == 400 and _NO_CREDIT.search(message):
+        status, type_, code = OPENAI_ERRORS[402]
+    elif error.status == 404 and message.startswith("model:"):
+        code, param = "model_not_found", "model"
+    body = {"message": message, "type": type_, "param": param, "code": error.code or code}
+    return status, {"error": body}
+
+
+def anthropic_error(error: ShimError, request_id: Optional[str] = None) -> Tuple[int, JSON]:
+    """Return the status and the body of `error` for a client that speaks Anthropic's API."""
+    message = error.message if error.param is None else f"{error.param}: {error.message}"
+    body: JSON = {"type": "error", "error": {"type": error.type, "message": message}}
+    if request_id:
+        body["request_id"] = request_id
+    return error.status, body
+
+
+def upstream_error(
+    status: int, body: Any, headers: Iterable[Tuple[str, str]] = ()
+) -> UpstreamError:
+    """Return the error that upstream meant by an answer of `status` with the parsed `body`."""
+    detail = body.get("error") if isinstance(body, dict) else None
+    detail = detail if isinstance(detail, dict) else {}
+    type_, message = detail.get("type"), detail.get("message")
+    fallback = next((t for t, s in STATUS_BY_ERROR_TYPE.items() if s == status), "api_error")
+    return UpstreamError(
+        message if isinstance(message, str) else f"upstream answered with status {status}",
+        status=status,
+        type=type_ if isinstance(type_, str) else fallback,
+        headers=headers,
+    )
+
+
+def error_from_event(event: JSON) -> UpstreamError:
+    """Return the error of an `error` event, with the status that its type stands for."""
+    detail = event.get("error")
+    type_ = detail.get("type") if isinstance(detail, dict) else None
+    return upstream_error(STATUS_BY_ERROR_TYPE.get(str(type_), 500), event)
+
+
+# ----------------------------------------------------------------------
+# 2. JSON                                                     uses: 0 1
+# ----------------------------------------------------------------------
+# Strict in, compact ASCII out (line splitters of some clients stumble over U+2028), and checked
+# access to foreign bodies: a wrong type is a 400 that names the path, never a KeyError.
+
+# json.loads recurses in C: CPython 3.13 crashes the process at some 5,000 levels in a small stack.
+MAX_JSON_DEPTH = 200
+
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_NOT_BRACKET = re.compile(r"[^\[\]{}]+")
+_STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def dumps(value: Any) -> bytes:
+    """Return `value` as compact ASCII JSON; ValueError for NaN or infinity."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def loads(body: bytes) -> Any:
+    """Return the value of a JSON text in UTF-8; ValueError says in a sentence what is wrong."""
+    text = body.decode("utf-8")
+    if text.startswith("\ufeff"):
+        text = text[1:]
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
+    value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    return _without_surrogates(value) if _SURROGATE_ESCAPE.search(text) else value
+
+
+def loads_object(body: bytes) -> JSON:
+    """Return the JSON object of a request body; RequestError when it is anything else."""
+    try:
+        value = loads(body)
+    except ValueError as error:
+        reason = (
+            "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"is not JSON: {error}"
+        )
+        raise RequestError(f"the request body {reason}") from None
+    return as_object(value, "the request body")
+
+
+def with_member(body: bytes, name: str, value: Any) -> bytes:
+    """Return the text of a JSON object with the value of one member replaced, all else untouched.
+
+    `body` must be a valid object that has the member.
+    """
+    text = body.decode("utf-8-sig")
+    decode = json.JSONDecoder().raw_decode
+    position, spans = _skipped(text, 0, "{"), []
+    while text[position] != "}":
+        key, position = decode(text, _skipped(text, position, ","))
+        start = _skipped(text, position, ":")
+        _, end = decode(text, start)
+        if key == name:
+            spans.append((start, end))
+        position = _skipped(text, end, "")
+    new = dumps(value).decode("ascii")
+    for start, end in reversed(spans):
+        text = text[:start] + new + text[end:]
+    return text.encode("utf-8")
+
+
+def _skipped(text: str, position: int, mark: str) -> int:
+    """The position behind white space and, if it is there, one punctuation mark."""
+    while text[position] in " \t\r\n":
+        position += 1
+    if not mark or text[position] != mark:
+        return position
+    return _skipped(text, position + 1, "")
+
+
+def _depth(text: str) -> int:
+    brackets = _NOT_BRACKET.sub("", _STRING.sub("", text))
+    return max(itertools.accumulate(map(_STEP.__getitem__, brackets)), default=0)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return number
+
+
+def _without_surrogates(value: Any) -> Any:
+    """Half a surrogate pair is no character, and Anthropic refuses it: it becomes U+FFFD."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(k): _without_surrogates(v) for k, v in value.items()}
+    return value
+
+
+def as_object(value: Any, path: str) -> JSON:
+    """Return `value` if it is a JSON object; RequestError naming `path` otherwise."""
+    if isinstance(value, dict):
+        return value
+    raise _mistyped(value, path, "an object")
+
+
+def as_list(value: Any, path: str) -> List[Any]:
+    """Return `value` if it is a JSON list; RequestError naming `path` otherwise."""
+    if isinstance(value, list):
+        return value
+    raise _mistyped(value, path, "a list")
+
+
+def as_text(value: Any, path: str) -> str:
+    """Return `value` if it is a string; RequestError naming `path` otherwise."""
+    if isinstance(value, str):
+        return value
+    raise _mistyped(value, path, "a string")
+
+
+def as_boolean(value: Any, path: str) -> bool:
+    """Return `value` if it is a boolean; RequestError naming `path` otherwise."""
+    if isinstance(value, bool):
+        return value
+    raise _mistyped(value, path, "a boolean")
+
+
+def as_number(value: Any, path: str) -> float:
+    """Return `value` if it is a number; RequestError naming `path` otherwise."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    raise _mistyped(value, path, "a number")
+
+
+def as_positive_integer(value: Any, path: str) -> int:
+    """Return `value` if it is a whole number over zero; RequestError naming `path` otherwise."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # JavaScript has no other numbers
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise _mistyped(value, path, "a whole number over zero")
+
+
+def _mistyped(value: Any, path: str, expected: str) -> RequestError:
+    shown = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
+    got = shown.get(type(value)) or json.dumps(value)[:40]
+    return RequestError(f"expected {expected}, got {got}", param=path)
+
+
+# ----------------------------------------------------------------------
+# 3. Models                                                 uses: 0 1 2
+# ----------------------------------------------------------------------
+# What each model takes. GET /v1/models of upstream has the last word (ids, limits, thinking types,
+# effort levels); what it does not tell, and an offline start, comes from this table.
+
+_LOW_TO_HIGH = ("low", "medium", "high")
+_ALL_EFFORTS = (*_LOW_TO_HIGH, "xhigh", "max")
+
+
+class Model(NamedTuple):
+    """What one model takes: limits in tokens, and which request fields it refuses."""
+
+    id: str
+    max_input_tokens: int = 1_000_000
+    max_tokens: int = 128_000
+    thinking: FrozenSet[str] = frozenset({"adaptive"})  # types that are not a 400
+    efforts: Tuple[str, ...] = _ALL_EFFORTS
+    thinks_by_default: bool = True
+    forced_tool_choice: bool = True
+    system_messages: bool = True  # role "system" inside messages
+    sampling: bool = False  # temperature, top_p, top_k
+    prefill: bool = False  # a trailing assistant message
+    structured_outputs: bool = True
+    strict_tools: bool = True
+    display_name: str = ""
+    created: int = 0  # Unix seconds; 0 when not known
+
+
+def _older(id: str, **differences: Any) -> Model:
+    """A model before the fifth generation: it thinks when asked."""
+    fields: JSON = {"thinks_by_default": False, "system_messages": False}
+    return Model(id, **{**fields, **differences})
+
+
+_ADAPTIVE_OFF = frozenset({"adaptive", "disabled"})
+_BUDGET_OFF = frozenset({"enabled", "disabled"})
+_UP_TO_4_5: JSON = {
+    "max_input_tokens": 200_000,
+    "max_tokens": 64_000,
+    "thinking": _BUDGET_OFF,
+    "efforts": (),
+    "sampling": True,
+    "prefill": True,
+}
+_AT_4_6: JSON = {
+    "thinking": _ADAPTIVE_OFF | _BUDGET_OFF,
+    "efforts": (*_LOW_TO_HIGH, "max"),
+    "sampling": True,
+}
+
+# Newest first within a line: an alias takes the first. Facts of November 2026
+# (platform.claude.com/docs: models overview, errors, model migration).
+MODELS: Tuple[Model, ...] = (
+    Model("claude-opus-5-5", forced_tool_choice=False),
+    Model("claude-opus-5", thinking=_ADAPTIVE_OFF),
+    _older("claude-opus-4-8", thinking=_ADAPTIVE_OFF, system_messages=True),
+    _older("claude-opus-4-7", thinking=_ADAPTIVE_OFF),
+    _older("claude-opus-4-6", **_AT_4_6),
+    _older("claude-opus-4-5", **{**_UP_TO_4_5, "efforts": _LOW_TO_HIGH}),
+    Model(
+        "claude-sonnet-5-5",
+        thinking=frozenset({"adaptive", "between_tools"}),
+        forced_tool_choice=False,
+    ),
+    Model("claude-sonnet-5", thinking=_ADAPTIVE_OFF, system_messages=False),
+    _older("claude-sonnet-4-6", **_AT_4_6),
+    _older("claude-sonnet-4-5", **_UP_TO_4_5),
+    Model("claude-haiku-5-5", thinking=_ADAPTIVE_OFF),
+    _older("claude-haiku-4-5", **_UP_TO_4_5),
+    Model("claude-fable-5-2", forced_tool_choice=False),
+    Model("claude-fable-5-1", forced_tool_choice=False),
+    Model("claude-fable-5"),
+    Model("claude-mythos-5-2", forced_tool_choice=False),
+    Model("claude-mythos-5-1", forced_tool_choice=False),
+    Model("claude-mythos-5"),
+)
+
+LINES = ("opus", "sonnet", "haiku")  # each is an alias of its newest active model
+
+_DATE = re.compile(r"-20\d{6}$")
+_PREFIX = re.compile(r"^(?:openai|anthropic|claude|claude[_-]shim)[/:]+", re.IGNORECASE)
+_ALIAS = re.compile(r"^(?:claude-)?(opus|sonnet|haiku)(?:-latest)?$")
+
+
+def known_model(id: str) -> Model:
+    """Return what the table says of `id`; an unknown one is taken for the newest of its line."""
+    bare = _DATE.sub("", id)
+    for model in MODELS:
+        if model.id == bare:
+            return model._replace(id=id)
+    line = next((line for line in (*LINES, "fable", "mythos") if line in bare), "opus")
+    newest = next(model for model in MODELS if line in model.id)
+    return newest._replace(id=id)
+
+
+def model_from_live(entry: JSON) -> Optional[Model]:
+    """Return the model of one entry of upstream's GET /v1/models; None if it has no id."""
+    id = entry.get("id")
+    if not isinstance(id, str):
+        return None
+    model = known_model(id)
+    capabilities = entry.get("capabilities")
+    capabilities = capabilities if isinstance(capabilities, dict) else {}
+    thinking = _supported(_member(capabilities, "thinking", "types"))
+    efforts = _supported(_member(capabilities, "effort"))
+    structured = _member(capabilities, "structured_outputs").get("supported")
+    return model._replace(
+        max_input_tokens=_limit(entry, "max_input_tokens", model.max_input_tokens),
+        max_tokens=_limit(entry, "max_tokens", model.max_tokens),
+        thinking=model.thinking if thinking is None else frozenset(thinking),
+        efforts=model.efforts if efforts is None else efforts,
+        structured_outputs=structured if isinstance(structured, bool) else model.structured_outputs,
+        display_name=str(entry.get("display_name") or ""),
+        created=_unix_seconds(entry.get("created_at")),
+    )
+
+
+def _member(value: JSON, *names: str) -> JSON:
+    for name in names:
+        inner = value.get(name)
+        value = inner if isinstance(inner, dict) else {}
+    return value
+
+
+def _supported(flags: JSON) -> Optional[Tuple[str, ...]]:
+    """Names whose entry says supported; None when nothing was said."""
+    if not flags:
+        return None
+    return tuple(k for k, v in flags.items() if isinstance(v, dict) and v.get("supported") is True)
+
+
+def _limit(entry: JSON, name: str, default: int) -> int:
+    value = entry.get(name)
+    return value if isinstance(value, int) and value > 0 else default
+
+
+def _unix_seconds(text: Any) -> int:
+    try:
+        return int(datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp())
+    except (ValueError, OverflowError):
+        return 0
+
+
+def resolved_model_id(name: str, aliases: Dict[str, str], live: Sequence[Model]) -> str:
+    """Return the id that upstream knows for what the client called `name`.
+
+    `aliases` maps names or globs to ids or to one of the lines; `live` is upstream's own list.
+    ModelNotFoundError names what exists.
+    """
+    bare = _PREFIX.sub("", name.strip())
+    for pattern, target in aliases.items():
+        if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(bare, pattern):
+            bare = target
+            break
+    else:
+        if not _is_claude(bare, live):
+            raise ModelNotFoundError(_no_such_model(name, aliases, live), param="model")
+    alias = _ALIAS.match(bare)
+    if not alias:
+        return bare.replace(".", "-") if bare.startswith("claude-") else bare
+    pinned = aliases.get(alias.group(1))
+    return pinned or newest_of_line(alias.group(1), live)
+
+
+def newest_of_line(line: str, live: Sequence[Model]) -> str:
+    """Return the id of the newest active model of `line`; upstream lists newest first."""
+    dated = sorted(live, key=lambda model: model.created, reverse=True)
+    return next(model.id for model in (*dated, *MODELS) if f"-{line}-" in model.id)
+
+
+def _is_claude(name: str, live: Sequence[Model]) -> bool:
+    known = _ALIAS.match(name) or "claude" in name.lower()
+    return bool(known) or any(model.id == name for model in live)
+
+
+def _no_such_model(name: str, aliases: Dict[str, str], live: Sequence[Model]) -> str:
+    ids = [*dict.fromkeys([*LINES, *aliases]), *(model.id for model in live or MODELS)]
+    return (
+        f"The model '{name[:100]}' does not exist here. Use one of {', '.join(ids)}, "
+        f"or map the name with --alias '{name[:100]}=sonnet'."
+    )
+
+
+def model_entry(model: Model, live: JSON) -> JSON:
+    """Return one entry of GET /v1/models that Anthropic's and OpenAI's clients both read.
+
+    `live` is what upstream itself says of the model; it wins.
+    """
+    created = datetime.fromtimestamp(model.created, timezone.utc)
+    return {
+        "id": model.id,
+        "type": "model",
+        "object": "model",
+        "display_name": model.display_name or model.id,
+        "created": model.created,
+        "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "owned_by": "anthropic",
+        "max_input_tokens": model.max_input_tokens,
+        "max_tokens": model.max_tokens,
+        "context_length": model.max_input_tokens,  # OpenRouter's name for it
+        "max_model_len": model.max_input_tokens,  # vLLM's
+        "max_output_tokens": model.max_tokens,
+        "capabilities": _capabilities(model),
+        "architecture": {
+            "input_modalities": ["text", "image", "file"],
+            "output_modalities": ["text"],
+        },
+        "supported_parameters": ["tools", "tool_choice", "reasoning", "response_format", "stop"],
+        **live,
+    }
+
+
+def _capabilities(model: Model) -> JSON:
+    return {
+        "image_input": {"supported": True},
+        "pdf_input": {"supported": True},
+        "structured_outputs": {"supported": model.structured_outputs},
+        "thinking": {
+            "supported": bool(model.thinking),
+            "types": {type_: {"supported": True} for type_ in sorted(model.thinking)},
+        },
+        "effort": {
+            "supported": bool(model.efforts),
+            **{level: {"supported": True} for level in model.efforts},
+        },
+    }
+
+
+def model_list(entries: Sequence[JSON]) -> JSON:
+    """Return the body of GET /v1/models for both dialects; neither SDK pages through it."""
+    return {
+        "object": "list",
+        "data": list(entries),
+        "has_more": False,
+        "first_id": entries[0]["id"] if entries else None,
+        "last_id": entries[-1]["id"] if entries else None,
+    }
+
+
+# ----------------------------------------------------------------------
+# 4. Byte streams: chunked coding, server-sent events         uses: 0 1
+# ----------------------------------------------------------------------
+# Decoders are fed bytes as they come, cut anywhere, and hand out what is whole. They work on bytes:
+# a character cut in two is whole again before anything is decoded.
+
+MAX_EVENT_BYTES = 16 << 20  # a web search result is the largest event known, some 100 KB
+_MAX_CHUNK_LINE = 1024
+_MAX_TRAILER = 16 << 10
+
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
+
+
+class ChunkedDecoder:
+    """RFC 9112 chunked coding: `feed` returns body bytes; `done` after the last chunk and trailers.
+
+    `rest` holds what came after the end. ProtocolError when the bytes are not well formed.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self.rest = b""
+        self._pending = b""
+        self._left = 0  # bytes of the open chunk still to come, its CRLF included
+        self._in_trailer = False
+
+    def feed(self, burst: bytes) -> bytes:
+        """Return the body bytes that `burst` completes; ProtocolError on malformed chunks."""
+        buffer, position = self._pending + burst, 0
+        pieces: List[bytes] = []
+        while not self._in_trailer:
+            if self._left == 0:
+                end = buffer.find(b"\r\n", position, position + _MAX_CHUNK_LINE)
+                if end < 0:
+                    break
+                self._left = self._size(buffer[position:end]) + 2
+                position = end + 2
+                self._in_trailer = self._left == 2
+                continue
+            piece = buffer[position : position + self._left]
+            if len(piece) < self._left:
+                position += self._keep_partial(piece, pieces)
+                break
+            if piece[-2:] != b"\r\n":
+                raise ProtocolError("a chunk of the body does not end in CRLF")
+            pieces.append(piece[:-2])
+            position += self._left
+            self._left = 0
+        self._pending = buffer[position:]
+        self._after_chunks()
+        return b"".join(pieces)
+
+    def _keep_partial(self, piece: bytes, pieces: List[bytes]) -> int:
+        """Hand out the data of an unfinished chunk, but not its CRLF: how many bytes were taken."""
+        taken = max(0, min(len(piece), self._left - 2))
+        pieces.append(piece[:taken])
+        self._left -= taken
+        return taken
+
+    @staticmethod
+    def _size(line: bytes) -> int:
+        match = _CHUNK_SIZE.match(line)
+        if not match:
+            raise ProtocolError("a chunk of the body has no valid size")
+        return int(match.group(1), 16)
+
+    def _after_chunks(self) -> None:
+        if not self._in_trailer:
+            if self._left == 0 and len(self._pending) >= _MAX_CHUNK_LINE:
+                raise ProtocolError("a chunk size line of the body is too long")
+            return
+        empty = self._pending.startswith(b"\r\n")
+        end = 2 if empty else self._pending.find(b"\r\n\r\n") + 4
+        if empty or end >= 4:
+            self.done, self.rest, self._pending = True, self._pending[end:], b""
+        elif len(self._pending) > _MAX_TRAILER:
+            raise ProtocolError("the trailers of the body are too long")
+
+
+def chunk(piece: bytes) -> bytes:
+    """Return `piece` as one chunk of a chunked body; nothing for nothing, which would end it."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
+
+
+class EventDecoder:
+    """Server-sent events (WHATWG HTML 9.2): `feed` returns all events that are whole by now.
+
+    They come as one byte string with LF line ends, each closed by an empty line. UpstreamCutError
+    for an event over `limit` bytes.
+    """
+
+    def __init__(self, limit: int = MAX_EVENT_BYTES) -> None:
+        self._limit = limit
+        self._pieces: List[bytes] = []  # of the event that is not whole yet
+        self._size = 0
+        self._after_cr = False
+        self._at_start = True
+
+    def feed(self, burst: bytes) -> bytes:
+        """Return the bytes of the whole events, up to and with the last empty line."""
+        if self._after_cr or b"\r" in burst:
+            burst = self._with_lf(burst)
+        self._pieces.append(burst)
+        self._size += len(burst)
+        if b"\n" not in burst:
+            self._check_size()
+            return b""
+        buffer = b"".join(self._pieces)
+        if self._at_start:
+            buffer = self._without_bom(buffer)
+        end = buffer.rfind(b"\n\n") + 2
+        end = end if end >= 2 else 0
+        self._pieces, self._size = [buffer[end:]], len(buffer) - end
+        self._check_size()
+        return buffer[:end]
+
+    def _with_lf(self, burst: bytes) -> bytes:
+        """CR and CRLF are line ends too, and a CRLF may be cut in two."""
+        if self._after_cr and burst.startswith(b"\n"):
+            burst = burst[1:]
+            self._after_cr = False
+        if burst:
+            self._after_cr = burst.endswith(b"\r")
+        return burst.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    def _without_bom(self, buffer: bytes) -> bytes:
+        self._at_start = False
+        return buffer[3:] if buffer.startswith(b"\xef\xbb\xbf") else buffer
+
+    def _check_size(self) -> None:
+        if self._size > self._limit:
+            raise UpstreamCutError(f"upstream sent an event of more than {self._limit} bytes")
+
+
+def event_data(block: bytes) -> bytes:
+    """Return the joined data lines of one event; empty when it has none."""
+    if block.count(b"\ndata:") + block.startswith(b"data:") == 1 and not block.startswith(b":"):
+        start = 0 if block.startswith(b"data:") else block.index(b"\ndata:") + 1
+        return block[start + 5 : block.index(b"\n", start)].lstrip(b" ")
+    lines = (line for line in block.split(b"\n") if line.startswith(b"data"))
+    values = [line[5:] for line in lines if line[4:5] == b":"]
+    return b"\n".join(value[1:] if value[:1] == b" " else value for value in values)
+
+
+def server_sent_event(data: bytes, name: str = "") -> bytes:
+    """Return one event, without an `event` line when it has no name."""
+    head = b"event: %b\n" % name.encode("ascii") if name else b""
+    return b"%bdata: %b\n\n" % (head, data)
+
+
+COMMENT = b": keep-alive\n\n"  # safe for every client tested, as an event without data is not
+
+
+# ----------------------------------------------------------------------
+# 5. Messages, the hub                                 uses: 0 1 2 3 4
+# ----------------------------------------------------------------------
+# What every dialect shares: content blocks, tools, schemas, the order of a conversation, the rules
+# of a model, caching, and the way back from events to a message. Conversions return new objects
+# and change nothing they were given.
+
+IMAGE_TYPES = {
+    b"\x89PNG\r\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF8": "image/gif",
+    b"RIFF": "image/webp",
+}
+
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
+_NOT_NAME = re.compile(r"[^a-zA-Z0-9_-]")
+
+
+def safe_name(name: str) -> str:
+    """Return `name` as Anthropic takes tool names and ids; distinct names stay distinct."""
+    if _NAME.fullmatch(name):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
+    return f"{_NOT_NAME.sub('_', name)[:119]}_{digest}"
+
+
+# --- content blocks
+
+
+def text_block(text: str) -> List[JSON]:
+    """Return a text block in a list; an empty list for blank text, which Anthropic refuses."""
+    return [{"type": "text", "text": text}] if text.strip() else []
+
+
+def _base64_start(encoded: str) -> bytes:
+    try:
+        return base64.b64decode("".join(encoded[:64].split())[:32], validate=True)
+    except (binascii.Error, ValueError):
+        return b""
+
+
+def _data_url(url: str, path: str) -> Tuple[str, str]:
+    """Media type and base64 text of a data: URL (RFC 2397)."""
+    header, comma, payload = url[5:].partition(",")
+    media_type, *parameters = header.split(";")
+    if not comma:
+        raise RequestError("not a data: URL: the comma is missing", param=path)
+    if "base64" not in (parameter.strip().lower() for parameter in parameters):
+        raw = urllib.parse.unquote_to_bytes(payload)
+        payload = base64.b64encode(raw).decode("ascii")
+    return media_type.strip().lower(), payload
+
+
+def image_block(url: str, path: str) -> JSON:
+    """Return the image block of a data: or http(s) URL; nothing is fetched here.
+
+    The media type is read from the bytes, since Anthropic refuses a wrong one. RequestError for
+    another scheme or a format that Claude does not read.
+    """
+    if url.startswith(("http://", "https://")):
+        return {"type": "image", "source": {"type": "url", "url": url}}
+    if not url.startswith("data:"):
+        raise RequestError("expected an http(s) or data: URL", param=path)
+    declared, payload = _data_url(url, path)
+    return _image_from_base64(declared, payload, path)
+
+
+def _image_from_base64(declared: str, payload: str, path: str) -> JSON:
+    start = _base64_start(payload)
+    sniffed = next((type_ for magic, type_ in IMAGE_TYPES.items() if start.startswith(magic)), None)
+    media_type = sniffed or declared.replace("image/jpg", "image/jpeg")
+    if media_type not in IMAGE_TYPES.values():
+        shown = declared[:60] or "unknown type"
+        raise RequestError(f"Claude reads png, jpeg, gif and webp images, not {shown}", param=path)
+    source = {"type": "base64", "media_type": media_type, "data": payload}
+    return {"type": "image", "source": source}
+
+
+def document_block(content: str, title: Any, path: str) -> JSON:
+    """Return the block of a file given as data: URL, http(s) URL or bare base64.
+
+    A PDF or text becomes a document, an image an image; RequestError for anything else.
+    """
+    if content.startswith(("http://", "https://")):
+        return _titled({"type": "document", "source": {"type": "url", "url": content}}, title)
+    declared, payload = _data_url(content, path) if content.startswith("data:") else ("", content)
+    start = _base64_start(payload)
+    if start.startswith(b"%PDF-") or declared == "application/pdf":
+        source = {"type": "base64", "media_type": "application/pdf", "data": payload}
+        return _titled({"type": "document", "source": source}, title)
+    if declared.startswith("image/") or start.startswith(tuple(IMAGE_TYPES)):
+        return _image_from_base64(declared, payload, path)
+    source = {"type": "text", "media_type": "text/plain", "data": _decoded_text(payload, path)}
+    return _titled({"type": "document", "source": source}, title)
+
+
+def _decoded_text(payload: str, path: str) -> str:
+    try:
+        return base64.b64decode(payload, validate=True).decode("utf-8")
+    except ValueError:
+        raise RequestError("Claude reads PDF, text and image files only", param=path) from None
+
+
+def _titled(block: JSON, title: Any) -> JSON:
+    return {**block, "title": title} if isinstance(title, str) and title else block
+
+
+# --- tools and schemas
+
+
+def tool_input(arguments: Any) -> JSON:
+    """Return the input object of a tool call from the arguments that a client sent.
+
+    No arguments are {}; text that is not a JSON object is kept under "_raw".
+    """
+    if isinstance(arguments, str) and arguments.strip():
+        try:
+            arguments = loads(arguments.encode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            return {"_raw": arguments}
+    if isinstance(arguments, dict):
+        return arguments
+    return {} if arguments in (None, "") or isinstance(arguments, str) else {"_raw": arguments}
+
+
+def _renamed_reference(reference: Any) -> Any:
+    return (
+        re.sub(r"^#/definitions/", "#/$defs/", reference)
+        if isinstance(reference, str)
+        else reference
+    )
+
+
+def _upgraded_schema(schema: Any) -> Any:
+    """A schema of draft 4 to 7 as 2020-12: definitions, boolean exclusive limits, no $schema."""
+    if isinstance(schema, list):
+        return [_upgraded_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    new = {
+        k: _upgraded_schema(v)
+        for k, v in schema.items()
+        if not (k == "$schema" and isinstance(v, str))
+    }
+    if isinstance(new.get("definitions"), dict):
+        new["$defs"] = {**new.pop("definitions"), **new.get("$defs", {})}
+    if "$ref" in new:
+        new["$ref"] = _renamed_reference(new["$ref"])
+    for exclusive, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if new.get(exclusive) is True and limit in new:
+            new[exclusive] = new.pop(limit)
+        elif isinstance(new.get(exclusive), bool):
+            del new[exclusive]
+    return new
+
+
+def tool_schema(parameters: Any, path: str) -> JSON:
+    """Return the `input_schema` of a tool from the parameters that a client sent.
+
+    Anthropic wants an object at the root, and no union there: unions are merged into one object
+    that takes what any of their branches takes.
+    """
+    if isinstance(parameters, str):
+        parameters = tool_input(parameters)
+    schema = _upgraded_schema(as_object({} if parameters is None else parameters, path))
+    for union in ("oneOf", "anyOf", "allOf"):
+        schema = _merged_union(schema, union)
+    return {**schema, "type": "object", "properties": schema.get("properties") or {}}
+
+
+def _merged_union(schema: JSON, union: str) -> JSON:
+    if union not in schema:
+        return schema
+    branches = [b for b in as_list(schema[union], union) if isinstance(b, dict)]
+    properties: JSON = {}
+    for branch in branches:
+        properties.update(branch.get("properties") or {})
+    required = [set(branch.get("required") or ()) for branch in branches] or [set()]
+    common = set.union(*required) if union == "allOf" else set.intersection(*required)
+    merged = {k: v for k, v in schema.items() if k != union}
+    merged["properties"] = {**properties, **(schema.get("properties") or {})}
+    needed = [*(schema.get("required") or ()), *sorted(common)]
+    return {**merged, "required": list(dict.fromkeys(needed))} if needed else merged
+
+
+# The subset of JSON Schema that constrained output takes (structured outputs page of the docs).
+SCHEMA_KEYWORDS = frozenset(
+    "$defs $ref additionalProperties allOf anyOf const default description enum format items "
+    "minItems properties required title type".split()
+)
+SCHEMA_FORMATS = frozenset("date-time time date duration email hostname uri ipv4 ipv6 uuid".split())
+
+
+def output_schema(schema: Any, path: str) -> Tuple[JSON, List[str]]:
+    """Return the schema as constrained output takes it, with the keywords that had to go.
+
+    What goes is kept as a hint in the description, so that the model still sees it.
+    """
+    gone: List[str] = []
+    cleaned = _constrained(_upgraded_schema(as_object(schema, path)), gone)
+    return cleaned, list(dict.fromkeys(gone))
+
+
+def _constrained(schema: Any, gone: List[str]) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    new: JSON = {}
+    hints: List[str] = []
+    for keyword, value in schema.items():
+        keyword = "anyOf" if keyword == "oneOf" else keyword
+        if _keyword_allowed(keyword, value):
+            new[keyword] = _constrained_member(keyword, value, gone)
+        else:
+            hints.append(f"{keyword}: {json.dumps(value)}")
+            gone.append(keyword)
+    if new.get("type") == "object" or "properties" in new:
+        if new.get("additionalProperties", False) is not False:
+            gone.append("additionalProperties")
+        new.update(type="object", additionalProperties=False)
+        new.setdefault("properties", {})
+    if hints:
+        new["description"] = " ".join(
+            [*filter(None, [new.get("description")]), f"({', '.join(hints)})"]
+        )
+    return new
+
+
+def _keyword_allowed(keyword: str, value: Any) -> bool:
+    if keyword == "minItems":
+        return value in (0, 1)
+    if keyword == "format":
+        return value in SCHEMA_FORMATS
+    return keyword in SCHEMA_KEYWORDS
+
+
+def _constrained_member(keyword: str, value: Any, gone: List[str]) -> Any:
+    if keyword in ("properties", "$defs") and isinstance(value, dict):
+        return {name: _constrained(member, gone) for name, member in value.items()}
+    if keyword in ("anyOf", "allOf") and isinstance(value, list):
+        return [_constrained(member, gone) for member in value]
+    return _constrained(value, gone) if keyword == "items" else value
+
+
+# --- a request in the making
+
+
+class Draft:
+    """A Messages request in the making, and what its answer needs to know of the question."""
+
+    def __init__(self, model: str, recall: Optional[Callable[[str], List[JSON]]] = None) -> None:
+        self.request: JSON = {"model": model}
+        self.system: List[JSON] = []
+        self.turns: List[Tuple[str, List[JSON]]] = []
+        self.ignored: List[str] = []
+        self.betas: List[str] = []
+        self.original_names: Dict[str, str] = {}  # as upstream knows a tool -> as the client does
+        self.custom_tools: List[str] = []  # tools of free text, as the client knows them
+        self.recall = recall or (lambda tool_use_id: [])
+
+    def ignore(self, field: str) -> None:
+        """Note that `field` has no effect, once."""
+        if field not in self.ignored:
+            self.ignored.append(field)
+
+    def tool_name(self, name: str) -> str:
+        """Return the name of a tool as upstream takes it; the way back is remembered."""
+        safe = safe_name(name)
+        if safe != name:
+            self.original_names[safe] = name
+        return safe
+
+    def add_tool(self, tool: JSON) -> None:
+        """Add a tool; a later one of the same name replaces it, as Anthropic takes no twins."""
+        others = [t for t in self.request.get("tools", ()) if t.get("name") != tool.get("name")]
+        self.request["tools"] = [*others, tool]
+
+    def require_tools(self, choice: JSON) -> None:
+        """Set `tool_choice`, keeping a mark against parallel calls that is there already."""
+        parallel = self.request.get("tool_choice", {}).get("disable_parallel_tool_use")
+        if parallel and choice["type"] != "none":
+            choice = {**choice, "disable_parallel_tool_use": parallel}
+        self.request["tool_choice"] = choice
+
+    def finished(self) -> JSON:
+        """Return the Messages request, its conversation in the order that Anthropic takes."""
+        request = {**self.request, "messages": conversation(self.turns), "stream": True}
+        if self.system:
+            request["system"] = self.system
+        if not request.get("tools"):
+            request.pop("tools", None)
+            request.pop("tool_choice", None)
+        return limited_cache_marks(request)
+
+
+# --- the order of a conversation
+
+
+def conversation(turns: Iterable[Tuple[str, List[JSON]]]) -> List[JSON]:
+    """Return `messages` in the order that Anthropic takes, from turns in the order of a client.
+
+    Turns of one role become one; each tool_use is answered in the very next turn, results first
+    and in the order of the calls; a call without result gets one that says so, a result without a
+    call becomes text. RequestError when nothing is left.
+    """
+    merged = _answered(_merged(turns))
+    if not merged:
+        raise RequestError("expected at least one message with content", param="messages")
+    if merged[0][0] != "user":
+        merged.insert(0, ("user", [{"type": "text", "text": "(The conversation starts here.)"}]))
+    return [{"role": role, "content": blocks} for role, blocks in merged]
+
+
+def _merged(turns: Iterable[Tuple[str, List[JSON]]]) -> List[Tuple[str, List[JSON]]]:
+    merged: List[Tuple[str, List[JSON]]] = []
+    for role, blocks in turns:
+        last = merged[-1][0] if merged else ""
+        if role == "system" and last not in ("user", "system"):
+            role, blocks = "user", [system_reminder(block) for block in blocks]
+        if role == "user" and last == "system":
+            # A system message must be last or come before an assistant's: in between it is text.
+            reminders = [system_reminder(block) for block in merged.pop()[1]]
+            blocks, last = [*reminders, *blocks], "user"
+        if role == last:
+            merged[-1] = (role, [*merged[-1][1], *blocks])
+        elif blocks:
+            merged.append((role, blocks))
+    return merged
+
+
+def system_reminder(block: JSON) -> JSON:
+    """Return the text of a system message as user text, for where no system message may stand."""
+    return {**block, "text": f"<system-reminder>\n{block['text']}\n</system-reminder>"}
+
+
+def _answered(turns: List[Tuple[str, List[JSON]]]) -> List[Tuple[str, List[JSON]]]:
+    answered: List[Tuple[str, List[JSON]]] = []
+    calls: List[str] = []
+    for role, blocks in turns:
+        if role == "user":
+            blocks = _results_first(blocks, calls)
+            calls = []
+        elif role == "assistant":
+            if calls:
+                answered.append(("user", _results_first([], calls)))
+            blocks, calls = _distinct_calls(blocks)
+        answered.append((role, blocks))
+    if calls:
+        answered.append(("user", _results_first([], calls)))
+    return answered
+
+
+def _distinct_calls(blocks: List[JSON]) -> Tuple[List[JSON], List[str]]:
+    """Drop a second tool_use of the same id; name the ids of the rest."""
+    kept: Dict[Any, JSON] = {}
+    for number, block in enumerate(blocks):
+        key = ("tool_use", block["id"]) if block["type"] == "tool_use" else number
+        kept.setdefault(key, block)
+    return list(kept.values()), [b["id"] for b in kept.values() if b["type"] == "tool_use"]
+
+
+def _results_first(blocks: List[JSON], calls: List[str]) -> List[JSON]:
+    results = {b["tool_use_id"]: b for b in blocks if b["type"] == "tool_result"}
+    missing = {"type": "tool_result", "content": "(no result)", "is_error": True}
+    ordered = [results.get(id) or {**missing, "tool_use_id": id} for id in calls]
+    rest: List[JSON] = []
+    for block in blocks:
+        if block["type"] != "tool_result":
+            rest.append(block)
+        elif block["tool_use_id"] not in calls:
+            rest.extend(_stray_result(block))
+    return [*ordered, *rest]
+
+
+def _stray_result(block: JSON) -> List[JSON]:
+    content = block.get("content")
+    return text_block(content) if isinstance(content, str) else list(content or ())
+
+
+# --- the rules of a model
+
+SMALL_ANSWER = 4096  # tokens: under this limit unasked thinking would eat the answer
+_BUDGETS = {"low": 2048, "medium": 8192, "high": 16384, "xhigh": 32768, "max": 49152}
+
+
+class Adapted(NamedTuple):
+    """A request as its model takes it, with the names of the fields that had to change."""
+
+    request: JSON
+    changed: Tuple[str, ...]
+
+
+def adapted(request: JSON, model: Model) -> Adapted:
+    """Return `request` as `model` takes it: each rule below drops or replaces what is a 400 there."""
+    changed: List[str] = []
+    for rule in MODEL_RULES:
+        request = rule(request, model, changed)
+    return Adapted(request, tuple(dict.fromkeys(changed)))
+
+
+def _without(request: JSON, *fields: str) -> JSON:
+    return {k: v for k, v in request.items() if k not in fields}
+
+
+def _with_output_config(request: JSON, **fields: Any) -> JSON:
+    """Set members of output_config; None takes one out."""
+    config = {**request.get("output_config", {}), **fields}
+    config = {k: v for k, v in config.items() if v is not None}
+    return {**request, "output_config": config} if config else _without(request, "output_config")
+
+
+def _max_tokens_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
+    if request.get("max_tokens", 0) > model.max_tokens:
+        changed.append("max_tokens")
+        return {**request, "max_tokens": model.max_tokens}
+    return request
+
+
+def _small_answer_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
+    """max_tokens caps thinking and text together."""
+    asked = "thinking" in request or "effort" in request.get("output_config", {})
+    if (
+        asked
+        or not model.thinks_by_default
+        or request.get("max_tokens", SMALL_ANSWER) >= SMALL_ANSWER
+    ):
+        return request
+    return {**request, "thinking": {"type": "disabled"}}
+
+
+def _thinking_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
+    thinking = request.get("thinking")
+    if not thinking or thinking.get("type") in model.thinking:
+        return request
+    if thinking.get("type") in ("disabled", "between_tools"):
+        if "between_tools" in model.thinking:
+            return {**request, "thinking": {"type": "between_tools"}}
+        request = _without(request, "thinking")
+        return _with_output_config(request, effort="low") if model.thinks_by_default else request
+    if "adaptive" in model.thinking:  # a budget, for a model that sets its own
+        kept = {"type": "adaptive", "display": thinking.get("display", "summarized")}
+        return {**request, "thinking": kept}
+    if "enabled" in model.thinking:
+        return _with_budget(request)
+    changed.append("thinking")
+    return _without(request, "thinking")
+
+
+def _with_budget(request: JSON) -> JSON:
+    """Thinking with a budget, for models before 4.6: from 1,024 tokens to under max_tokens."""
+    effort = request.get("output_config", {}).get("effort", "high")
+    budget = min(_BUDGETS.get(effort, 16384), request.get("max_tokens", 1 << 20) - 1)
+    if budget < 1024:
+        return _without(request, "thinking")
+    return {**request, "thinking": {"type": "enabled", "budget_tokens": budget}}
+
+
+def _effort_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
+    effort = request.get("output_config", {}).get("effort")
+    if effort is None or effort in model.efforts:
+        return _capped_effort(request)
+    if effort not in _ALL_EFFORTS:
+        return request  # upstream knows better
+    lower = _ALL_EFFORTS[: _ALL_EFFORTS.index(effort)]
+    nearest = next((level for level in reversed(lower) if level in model.efforts), None)
+    if nearest is None and request.get("thinking", {}).get("type") != "enabled":
+        changed.append("effort")
+    return _with_output_config(request, effort=nearest)
+
+
+def _capped_effort(request: JSON) -> JSON:
+    """Thinking is off only up to high effort."""
+    config, thinking = request.get("output_config", {}), request.get("thinking", {})
+    off = thinking.get("type") in ("disabled", "between_tools")
+    if off and config.get("effort") in ("xhigh", "max"):
+        return _with_output_config(request, effort="high")
+    return request
+
+
+def _sampling_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
+    """Newer models take no sampling fields, older ones not with thinking, nor both at once."""
+    thinks = request.get("thinking", {}).get("type") in ("enabled", "adaptive")
+    fields = ["temperature", "top_p", "top_k"]
+    if model.sampling and not thinks:
+        fields = ["top_p"] if "temperature" in request else []
+    gone = [field for field in fields if field in request]
+    changed.extend(gone)
+    return _without(request, *gone)
+
+
+def _tool_choice_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
+    """Forced choice: impossible beside a thinking budget, and on some models at all."""
+    choice = request.get("tool_choice", {})
+    if choice.get("type") not in ("any", "tool"):
+        return request
+    if model.forced_tool_choice:
+        budget = request.get("thinking", {}).get("type") == "enabled"
+        return _without(request, "thinking") if budget else request
+    name = choice.get("name")
+    wanted = f"the tool {name}" if name else "one of the tools"
+    line = {"type": "text", "text": f"Answer this turn by calling {wanted}."}
+    changed.append("tool_choice")
+    turns = [(m["role"], m["content"]) for m in request["messages"]]
+    auto = {k: v for k, v in choice.items() if k == "disable_parallel_tool_use"}
+    messages = conversation([*turns, ("system", [line])])
+    return {**request, "tool_choice": {"type": "auto", **auto}, "messages": messages}
+
+
+def _system_message_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
+    """A system message in the middle stays in its place, as user text where it must."""
+    if model.system_messages or all(m["role"] != "system" for m in request["messages"]):
+        return request
+    turns = [
+        ("user", [system_reminder(b) for b in m["content"]])
+        if m["role"] == "system"
+        else (m["role"], m["content"])
+        for m in request["messages"]
+    ]
+    return {**request, "messages": conversation(turns)}
+
+
+def _prefill_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
+    """A trailing assistant message: completed by older models, refused by newer ones."""
+    last = request["messages"][-1]
+    if last["role"] != "assistant":
+        return request
+    if not model.prefill:
+        nudge = {"role": "user", "content": [{"type": "text", "text": "Continue."}]}
+        return {**request, "messages": [*request["messages"], nudge]}
+    *blocks, final = last["content"]
+    if final["type"] == "text":
+        final = {**final, "text": final["text"].rstrip()}
+    last = {**last, "content": [*blocks, final]}
+    return {**request, "messages": [*request["messages"][:-1], last]}
+
+
+def _structured_output_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
+    format = request.get("output_config", {}).get("format")
+    if model.structured_outputs or not format:
+        return request
+    changed.append("response_format")
+    schema = dumps(format.get("schema")).decode("ascii")
+    line = {"type": "text", "text": f"Answer with JSON that fits this JSON Schema: {schema}"}
+    system = [*request.get("system", ()), line]
+    return _with_output_config({**request, "system": system}, format=None)
+
+
+def _strict_tools_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
+    """At most 20 tools may be strict."""
+    strict = [tool for tool in request.get("tools", ()) if tool.get("strict")]
+    if not strict or (model.strict_tools and len(strict) <= 20):
+        return request
+    changed.append("strict")
+    return {**request, "tools": [_without(tool, "strict") for tool in request["tools"]]}
+
+
+def _default_max_tokens_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
+    """Required upstream; all that the model has, since the answer is streamed anyway."""
+    return {"max_tokens": model.max_tokens, **request}
+
+
+MODEL_RULES: Tuple[Callable[[JSON, Model, List[str]], JSON], ...] = (
+    _max_tokens_rule,
+    _small_answer_rule,
+    _thinking_rule,
+    _effort_rule,
+    _sampling_rule,
+    _tool_choice_rule,
+    _system_message_rule,
+    _prefill_rule,
+    _structured_output_rule,
+    _strict_tools_rule,
+    _default_max_tokens_rule,
+)
+
+# A 400 of upstream that names what the table did not know: pattern -> what the model does not take.
+REFUSALS: Tuple[Tuple[Pattern[str], JSON], ...] = (
+    (re.compile(r"`?(temperature|top_p|top_k)`?"), {"sampling": False}),
+    (
+        re.compile(r"tool_choice.*not supported|tool_choice forces tool use"),
+        {"forced_tool_choice": False},
+    ),
+    (re.compile(r"assistant message prefill"), {"prefill": False}),
+    (re.compile(r"role 'system' is not supported"), {"system_messages": False}),
+    (re.compile(r"adaptive thinking is not supported"), {"thinking": _BUDGET_OFF}),
+    (re.compile(r'"thinking\.type\.enabled" is not supported'), {"thinking": _ADAPTIVE_OFF}),
+    (
+        re.compile(r'"thinking\.type\.disabled" is not supported'),
+        {"thinking": frozenset({"adaptive"}), "thinks_by_default": True},
+    ),
+    (re.compile(r"output_config\.effort|effort.*not supported"), {"efforts": ()}),
+    (re.compile(r"[Ss]chema is too complex"), {"strict_tools": False}),
+    (re.compile(r"output_config\.format.*not supported"), {"structured_outputs": False}),
+)
+
+_SIGNATURE_REFUSED = re.compile(
+    r"Invalid `signature` in `thinking` block|thinking` or `redacted_thinking` blocks in the latest"
+    r"|Expected `thinking` or `redacted_thinking`"
+)
+
+
+def model_after_refusal(model: Model, message: str) -> Optional[Model]:
+    """Return what is known of `model` after upstream refused a request with `message`.
+
+    None when the message names nothing that could be left out.
+    """
+    for pattern, differences in REFUSALS:
+        if pattern.search(message):
+            learned = model._replace(**differences)
+            return learned if learned != model else None
+    return None
+
+
+def refuses_signature(message: str) -> bool:
+    """Return whether upstream's sentence says that a thinking block came back changed."""
+    return bool(_SIGNATURE_REFUSED.search(message))
+
+
+def without_thinking(request: JSON) -> JSON:
+    """Return `request` without the thinking blocks of earlier turns, the cure for that refusal."""
+    hidden = ("thinking", "redacted_thinking")
+    turns = [
+        (m["role"], [block for block in m["content"] if block["type"] not in hidden])
+        for m in request["messages"]
+    ]
+    stripped = {**request, "messages": conversation(turns)}
+    # A thinking budget demands that the last assistant turn starts with a thinking block.
+    budget = request.get("thinking", {}).get("type") == "enabled"
+    return _without(stripped, "thinking") if budget else stripped
+
+
+# --- prompt caching
+
+MAX_CACHE_MARKS = 4
+
+
+def _marked_places(request: JSON) -> Iterator[JSON]:
+    """Everything that may carry a cache mark, in Anthropic's order."""
+    yield from request.get("tools", ())
+    yield from request.get("system", ())
+    for message in request["messages"]:
+        for block in message["content"]:
+            yield block
+            if isinstance(block.get("content"), list):
+                yield from (inner for inner in block["content"] if isinstance(inner, dict))
+
+
+def _cache_marks(request: JSON) -> List[JSON]:
+    places = itertools.chain(_marked_places(request), [request])
+    return [place for place in places if place.get("cache_control")]
+
+
+def limited_cache_marks(request: JSON) -> JSON:
+    """Return `request` with at most four cache marks and one lifetime order; more are a 400.
+
+    The earliest marks of the messages go first, as the later ones reach further.
+    """
+    marks = _cache_marks(request)
+    hour_after_five = _hour_after_five_minutes(marks)
+    if len(marks) <= MAX_CACHE_MARKS and not hour_after_five:
+        return request
+    fresh: JSON = json.loads(json.dumps(request))
+    outer = _cache_marks({**fresh, "messages": []})
+    inner = _cache_marks({"messages": fresh["messages"]})
+    for place in [*inner, *outer][: max(0, len(marks) - MAX_CACHE_MARKS)]:
+        del place["cache_control"]
+    if hour_after_five:
+        for place in _cache_marks(fresh):
+            place["cache_control"] = {"type": "ephemeral"}
+    return fresh
+
+
+def _hour_after_five_minutes(marks: Sequence[JSON]) -> bool:
+    hours = [place["cache_control"].get("ttl") == "1h" for place in marks]
+    return any(later and not earlier for earlier, later in itertools.combinations(hours, 2))
+
+
+def with_prompt_cache(request: JSON, ttl: str) -> JSON:
+    """Return `request` with the marks that make the next turn cheap; unchanged if it has any.
+
+    A single question without tools would pay for a write that nobody reads.
+    """
+    mark = {"type": "ephemeral", "ttl": "1h"} if ttl == "1h" else {"type": "ephemeral"}
+    worth = request.get("tools") or len(request["messages"]) > 1
+    if ttl == "off" or not worth or _cache_marks(request):
+        return request
+    marked = {**request, "cache_control": mark}
+    anchor = "system" if request.get("system") else "tools"
+    if request.get(anchor):
+        *others, last = request[anchor]
+        marked[anchor] = [*others, {**last, "cache_control": mark}]
+    return marked
+
+
+# --- from events to a message
+
+
+def merged_usage(usage: JSON, later: Any) -> JSON:
+    """Return `usage` with what a later event says of it; usage is cumulative, null says nothing."""
+    if not isinstance(later, dict):
+        return usage
+    return {**usage, **{key: value for key, value in later.items() if value is not None}}
+
+
+def token_count(usage: JSON, name: str) -> int:
+    """Return one count of `usage`; 0 when it is absent or no number."""
+    value = usage.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def input_token_total(usage: JSON) -> int:
+    """Return all input tokens: the uncached rest, what the cache gave and what went into it."""
+    names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+    return sum(token_count(usage, name) for name in names)
+
+
+def is_client_tool_use(block: JSON) -> bool:
+    """Return whether the client is to run this call; server tools run upstream."""
+    return block.get("type") == "tool_use"
+
+
+class EventSink:
+    """What Messages events flow into. `feed` returns bytes for the client, if any.
+
+    Methods are named after the events (`_on_message_start`); unknown events are skipped, as
+    Anthropic demands of every client.
+    """
+
+    complete = False  # message_stop was seen: nothing is missing
+    takes_text = False  # text deltas may come as raw bytes, by `feed_text`
+    heartbeat = b""
+
+    def feed(self, event: JSON) -> bytes:
+        """Return the bytes that one event makes."""
+        method = getattr(self, f"_on_{event.get('type')}", None)
+        return method(event) if method else b""
+
+    def feed_text(self, run: bytes) -> bytes:
+        """Return the bytes that a run of raw text-delta events makes."""
+        raise NotImplementedError
+
+    def fail(self, error: ShimError) -> bytes:
+        """Return the bytes that tell the client of a failure in the middle."""
+        return b""
+
+    def _on_error(self, event: JSON) -> bytes:
+        raise error_from_event(event)
+
+
+class MessageAssembler(EventSink):
+    """Collects events into the whole `message`; None until message_start.
+
+    The input of a call that was cut off, and so is no JSON, stays as text in `partial_json`.
+    """
+
+    def __init__(self) -> None:
+        self.message: Optional[JSON] = None
+        self._pieces: List[str] = []
+
+    @property
+    def takes_text(self) -> bool:  # type: ignore[override]
+        """Whether a text block is open."""
+        return bool(self._blocks and self._blocks[-1].get("type") == "text")
+
+    @property
+    def open_text(self) -> str:
+        """The text of the open block so far, without what its start held."""
+        return "".join(self._pieces)
+
+    @property
+    def _blocks(self) -> List[JSON]:
+        return self.message["content"] if self.message else []
+
+    def feed_text(self, run: bytes) -> bytes:
+        """Add the text of a run of raw text-delta events to the open block."""
+        encoded = b"".join(TEXT_DELTA.findall(run))
+        self._pieces.append(json.loads(b'"%b"' % encoded))
+        return b""
+
+    def _on_message_start(self, event: JSON) -> bytes:
+        message = event.get("message")
+        message = message if isinstance(message, dict) else {}
+        usage = message.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        self.message = {**message, "content": [], "usage": usage}
+        return b""
+
+    def _on_content_block_start(self, event: JSON) -> bytes:
+        block = event.get("content_block")
+        self._blocks.append(dict(block) if isinstance(block, dict) else {})
+        self._pieces = []
+        return b""
+
+    def _on_content_block_delta(self, event: JSON) -> bytes:
+        delta = event.get("delta")
+        if not self._blocks or not isinstance(delta, dict):
+            return b""
+        block = self._blocks[-1]
+        if delta.get("type") == "citations_delta":
+            block["citations"] = [*(block.get("citations") or ()), delta.get("citation")]
+        elif delta.get("type") == "signature_delta":
+            block["signature"] = delta.get("signature")
+        else:
+            piece = delta.get(DELTA_TEXT.get(str(delta.get("type")), ""))
+            self._pieces.append(piece if isinstance(piece, str) else "")
+        return b""
+
+    def _on_content_block_stop(self, event: JSON) -> bytes:
+        if not self._blocks:
+            return b""
+        block, text = self._blocks[-1], "".join(self._pieces)
+        self._pieces = []
+        if "input" in block:
+            block.update(_parsed_input(text, block["input"]))
+        elif block.get("type") in ("text", "thinking"):
+            block[block["type"]] = str(block.get(block["type"]) or "") + text
+        return b""
+
+    def _on_message_delta(self, event: JSON) -> bytes:
+        if self.message is not None:
+            delta = event.get("delta")
+            self.message.update(delta if isinstance(delta, dict) else {})
+            self.message["usage"] = merged_usage(self.message["usage"], event.get("usage"))
+        return b""
+
+    def _on_message_stop(self, event: JSON) -> bytes:
+        self.complete = self.message is not None
+        return b""
+
+
+# The member of a delta that holds its piece of text.
+DELTA_TEXT = {
+    "text_delta": "text",
+    "thinking_delta": "thinking",
+    "input_json_delta": "partial_json",
+}
+
+
+def _parsed_input(text: str, given: Any) -> JSON:
+    if not text.strip():
+        return {"input": given if isinstance(given, dict) else {}}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    return {"input": value} if isinstance(value, dict) else {"input": {}, "partial_json": text}
+
+
+# One text delta, byte for byte as Anthropic writes it (it pads with spaces before the last brace).
+# The JSON string grammar is spelled out, so that its text can be spliced as it stands; anything
+# that differs in one byte takes the way through the JSON parser.
+_TEXT_DELTA = (
+    rb"event: content_block_delta\n"
+    rb'data: \{"type":"content_block_delta","index":\d{1,6},"delta":\{"type":"text_delta","text":"'
+    rb'(%b[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*)"\} *\}\n\n'
+)
+TEXT_DELTA = re.compile(_TEXT_DELTA % b"")
+_TEXT_RUN = re.compile(b"(?:" + _TEXT_DELTA % b"?:" + b")+")
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+
+
+def ascii_run(run: bytes) -> Optional[bytes]:
+    """Return raw events with every character beyond ASCII escaped; None if they are not UTF-8."""
+    if run.isascii():
+        return run
+    try:
+        text = run.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    return _NOT_ASCII.sub(lambda match: json.dumps(match.group())[1:-1], text).encode("ascii")
+
+
+class EventTransform:
+    """Upstream's bytes in, a sink's bytes out: `feed` bursts, then `end` once."""
+
+    def __init__(self, sink: EventSink) -> None:
+        self._sink = sink
+        self._events = EventDecoder()
+        self._failed = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has come to its regular end."""
+        return self._sink.complete
+
+    @property
+    def heartbeat(self) -> bytes:
+        """Bytes that fill a silence without a meaning of their own."""
+        return self._sink.heartbeat
+
+    def feed(self, burst: bytes) -> bytes:
+        """Return what the client gets for `burst`; a failure becomes bytes too."""
+        if self._failed or self.complete:
+            return b""
+        made: List[bytes] = []
+        try:
+            self._feed_events(self._events.feed(burst), made)
+        except ShimError as error:
+            made.append(self.end(error))
+        return b"".join(made)
+
+    def _feed_events(self, events: bytes, made: List[bytes]) -> None:
+        position = 0
+        while position < len(events) and not self.complete:
+            run = _TEXT_RUN.match(events, position) if self._sink.takes_text else None
+            text = ascii_run(run.group()) if run else None
+            if run and text is not None:
+                made.append(self._sink.feed_text(text))
+                position = run.end()
+                continue
+            end = events.index(b"\n\n", position) + 2
+            event = parsed_event(events[position:end])
+            if event is not None:
+                made.append(self._sink.feed(event))
+            position = end
+
+    def end(self, error: Optional[ShimError] = None) -> bytes:
+        """Return what the client gets when no more comes; a failure unless all had come."""
+        if self._failed or self.complete:
+            return b""
+        self._failed = True
+        return self._sink.fail(
+            error or UpstreamCutError("upstream ended in the middle of the answer")
+        )
+
+
+def parsed_event(block: bytes) -> Optional[JSON]:
+    """Return the event of one block of lines; None for a comment; UpstreamCutError when it is no JSON."""
+    data = event_data(block)
+    if not data.strip():
+        return None
+    try:
+        event = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise UpstreamCutError("upstream sent an event that is not JSON") from None
+    return event if isinstance(event, dict) else None
+
+
+class TurnJoiner:
+    """Makes one message of the several that a paused server-tool turn takes.
+
+    `feed` returns the event to hand on, renumbered, or None; after a `pause_turn`, `paused` is set
+    and `resumed` gives the request that continues. Usage is summed.
+    """
+
+    def __init__(self) -> None:
+        self.paused = False
+        self._blocks = 0  # of the earlier messages
+        self._spent: JSON = {}
+        self._part = MessageAssembler()
+
+    def feed(self, event: JSON) -> Optional[JSON]:
+        """Return the event as the client is to see it; None when it must not."""
+        type_, started = event.get("type"), self._blocks > 0
+        self._part.feed(event) if type_ != "error" else None
+        message = self._part.message or {}
+        if type_ == "message_delta":
+            self.paused = message.get("stop_reason") == "pause_turn"
+            usage = _summed_usage(self._spent, message.get("usage", {}))
+            return None if self.paused else {**event, "usage": usage}
+        if (type_ == "message_start" and started) or (type_ == "message_stop" and self.paused):
+            return None
+        if isinstance(event.get("index"), int):
+            return {**event, "index": event["index"] + self._blocks}
+        return event
+
+    def resumed(self, request: JSON) -> JSON:
+        """Return the request that goes on where the paused message stopped."""
+        message = self._part.message or {"content": [], "usage": {}}
+        self._blocks += len(message["content"])
+        self._spent = _summed_usage(self._spent, message["usage"])
+        self._part = MessageAssembler()
+        self.paused = False
+        turn = {"role": "assistant", "content": message["content"]}
+        last = request["messages"][-1]
+        if last["role"] == "assistant":
+            turn = {**turn, "content": [*last["content"], *message["content"]]}
+            return {**request, "messages": [*request["messages"][:-1], turn]}
+        return {**request, "messages": [*request["messages"], turn]}
+
+
+def _summed_usage(one: JSON, other: JSON) -> JSON:
+    total = {**one, **other}
+    for key in one.keys() & other.keys():
+        if isinstance(one[key], dict) and isinstance(other[key], dict):
+            total[key] = _summed_usage(one[key], other[key])
+        elif isinstance(one[key], int) and isinstance(other[key], int):
+            total[key] = one[key] + other[key]
+    return total
+
+
+# ----------------------------------------------------------------------
+# 6. Chat Completions <-> Messages                     uses: 0 1 2 4 5
+# ----------------------------------------------------------------------
+# Three tables say what becomes of each request field; a test holds them against OpenAI's SDK and
+# the README. Real clients send three tool dialects in one body (OpenAI's nested, the flat one of
+# Responses, Anthropic's own), so the shape is decided per element, never per endpoint.
+
+ChatHandler = Callable[["ChatDraft", Any], None]
+
+
+class ChatDraft(Draft):
+    """A request from a chat completion, with what its answer must look like."""
+
+    legacy = False  # the client knows `function_call`, not `tool_calls`
+    json_object = False  # a code fence around the whole answer is not part of the JSON
+    json_schema = False
+    include_usage = False
+    explicit_cache = False  # the client marks what is to be cached
+    annotated = False  # citations may come: their offsets count every character
+    n = 1
+
+
+# --- content
+
+
+def chat_content(draft: ChatDraft, content: Any, path: str) -> List[JSON]:
+    """Return the content blocks of a chat message's `content`: a string, parts or null."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return text_block(content)
+    blocks: List[JSON] = []
+    for number, part in enumerate(as_list(content, path)):
+        where = f"{path}.{number}"
+        part = {"type": "text", "text": part} if isinstance(part, str) else as_object(part, where)
+        type_ = part.get("type", "text")
+        convert = CHAT_PARTS.get(type_) if isinstance(type_, str) else None
+        if convert is None:
+            known = ", ".join(CHAT_PARTS)
+            raise RequestError(f"unknown part; expected one of {known}", param=f"{where}.type")
+        blocks.extend(_marked(convert(draft, part, where), part))
+    return blocks
+
+
+def _marked(blocks: List[JSON], source: JSON) -> List[JSON]:
+    """Carry a cache mark, in either dialect, to the last of the blocks made from `source`."""
+    mark = source.get("cache_control")
+    breakpoint_ = source.get("prompt_cache_breakpoint")
+    if mark is None and isinstance(breakpoint_, dict):
+        mark = {"type": "ephemeral", "ttl": "1h" if breakpoint_.get("ttl") == "12h" else "5m"}
+    if not blocks or not isinstance(mark, dict) or "cache_control" in blocks[-1]:
+        return blocks
+    return [*blocks[:-1], {**blocks[-1], "cache_control": mark}]
+
+
+def _text_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
+    return text_block(as_text(part.get("text"), f"{path}.text"))
+
+
+def _refusal_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
+    return text_block(as_text(part.get("refusal"), f"{path}.refusal"))
+
+
+def _image_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, dict) else image
+    return [image_block(as_text(url, f"{path}.image_url.url"), f"{path}.image_url.url")]
+
+
+def _file_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
+    file = part["file"] if isinstance(part.get("file"), dict) else part
+    content = file.get("file_data") or file.get("file_url")
+    if isinstance(content, str):
+        return [document_block(content, file.get("filename"), f"{path}.file.file_data")]
+    file_id = as_text(file.get("file_id"), f"{path}.file.file_data")
+    if not file_id.startswith("file_"):
+        message = "no such file here: send file_data, or an id from Anthropic's POST /v1/files"
+        raise RequestError(message, param=f"{path}.file.file_id")
+    return [{"type": "document", "source": {"type": "file", "file_id": file_id}}]
+
+
+def _audio_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
+    raise RequestError("Claude does not hear audio; send a transcript", param=path)
+
+
+def _video_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
+    raise RequestError("Claude does not watch video; send images of it", param=path)
+
+
+def _native_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
+    """A block in Anthropic's own shape, as Cursor sends for names with "claude-"."""
+    block = dict(part)
+    if isinstance(block.get("citations"), dict):
+        draft.annotated = True
+    return [block]
+
+
+def _native_call(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
+    name = draft.tool_name(as_text(part.get("name"), f"{path}.name"))
+    id = safe_name(as_text(part.get("id"), f"{path}.id"))
+    return [{**part, "id": id, "name": name, "input": tool_input(part.get("input"))}]
+
+
+def _native_result(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
+    id = safe_name(as_text(part.get("tool_use_id"), f"{path}.tool_use_id"))
+    block = {**part, "tool_use_id": id}
+    if isinstance(part.get("content"), list):
+        block["content"] = chat_content(draft, part["content"], f"{path}.content")
+    return [block]
+
+
+CHAT_PARTS: Dict[str, Callable[[ChatDraft, JSON, str], List[JSON]]] = {
+    "text": _text_part,
+    "image_url": _image_part,
+    "file": _file_part,
+    "refusal": _refusal_part,
+    "input_text": _text_part,
+    "output_text": _text_part,
+    "input_image": _image_part,
+    "input_file": _file_part,
+    "input_audio": _audio_part,
+    "video_url": _video_part,
+    "image": _native_part,
+    "document": _native_part,
+    "search_result": _native_part,
+    "thinking": _native_part,
+    "redacted_thinking": _native_part,
+    "server_tool_use": _native_part,
+    "web_search_tool_result": _native_part,
+    "web_fetch_tool_result": _native_part,
+    "container_upload": _native_part,
+    "tool_use": _native_call,
+    "tool_result": _native_result,
+}
+
+
+# --- messages
+
+
+def _system_message(draft: ChatDraft, message: JSON, path: str) -> None:
+    blocks = chat_content(draft, message.get("content"), f"{path}.content")
+    for number, block in enumerate(blocks):
+        if block["type"] != "text":
+            where = f"{path}.content.{number}"
+            raise RequestError("a system message holds text only", param=where)
+    blocks = _marked(blocks, message)
+    if draft.turns:
+        draft.turns.append(("system", blocks))
+    else:
+        draft.system.extend(blocks)
+
+
+def _user_message(draft: ChatDraft, message: JSON, path: str) -> None:
+    blocks = chat_content(draft, message.get("content"), f"{path}.content")
+    name = message.get("name")
+    if isinstance(name, str) and name and blocks and blocks[0]["type"] == "text":
+        blocks[0] = {**blocks[0], "text": f"{name}: {blocks[0]['text']}"}
+    draft.turns.append(("user", _marked(blocks, message)))
+
+
+def _assistant_message(draft: ChatDraft, message: JSON, path: str) -> None:
+    blocks = chat_content(draft, message.get("content"), f"{path}.content")
+    refusal = message.get("refusal")
+    if isinstance(refusal, str):
+        blocks.extend(text_block(refusal))
+    if message.get("audio") is not None:
+        draft.ignore("messages.audio")
+    calls = message.get("tool_calls")
+    for number, call in enumerate(
+        as_list(calls, f"{path}.tool_calls") if calls is not None else ()
+    ):
+        where = f"{path}.tool_calls.{number}"
+        blocks.extend(_marked([_tool_use(draft, as_object(call, where), where)], call))
+    if message.get("function_call") is not None:
+        blocks.append(_legacy_call(draft, message["function_call"], f"{path}.function_call"))
+    draft.turns.append(("assistant", _marked(_with_thinking(draft, blocks, message), message)))
+
+
+def _with_thinking(draft: ChatDraft, blocks: List[JSON], message: JSON) -> List[JSON]:
+    """Put the signed thinking of the turn before it: from the client, else from our memory."""
+    if any(block["type"] in ("thinking", "redacted_thinking") for block in blocks):
+        return blocks
+    carried = [
+        *_signed(message.get("thinking_blocks")),
+        *_detailed(message.get("reasoning_details")),
+    ]
+    calls = (block["id"] for block in blocks if block["type"] == "tool_use")
+    remembered = (draft.recall(id) for id in calls)
+    return [*(carried or next(filter(None, remembered), [])), *blocks]
+
+
+def _signed(carried: Any) -> List[JSON]:
+    """The blocks of LiteLLM's `thinking_blocks` that a signature makes valid."""
+    blocks: List[JSON] = []
+    for block in carried if isinstance(carried, list) else ():
+        type_ = block.get("type") if isinstance(block, dict) else None
+        if type_ == "thinking" and isinstance(block.get("signature"), str):
+            text = block.get("thinking")
+            text = text if isinstance(text, str) else ""
+            blocks.append({"type": type_, "thinking": text, "signature": block["signature"]})
+        elif type_ == "redacted_thinking" and isinstance(block.get("data"), str):
+            blocks.append({"type": type_, "data": block["data"]})
+    return blocks
+
+
+def _detailed(carried: Any) -> List[JSON]:
+    """The same out of OpenRouter's `reasoning_details`."""
+    named = []
+    for detail in carried if isinstance(carried, list) else ():
+        if isinstance(detail, dict) and detail.get("type") == "reasoning.text":
+            named.append({**detail, "type": "thinking", "thinking": detail.get("text")})
+        elif isinstance(detail, dict) and detail.get("type") == "reasoning.encrypted":
+            named.append({**detail, "type": "redacted_thinking"})
+    return _signed(named)
+
+
+def _tool_use(draft: ChatDraft, call: JSON, path: str) -> JSON:
+    kind = "custom" if isinstance(call.get("custom"), dict) else "function"
+    function = as_object(call.get(kind, call), f"{path}.{kind}")
+    name = as_text(function.get("name"), f"{path}.{kind}.name")
+    id = as_text(call.get("id") or call.get("call_id"), f"{path}.id")
+    given = {"input": function.get("input")} if kind == "custom" else function.get("arguments")
+    return {
+        "type": "tool_use",
+        "id": safe_name(id or "call"),
+        "name": draft.tool_name(name),
+        "input": tool_input(given),
+    }
+
+
+def _legacy_call(draft: ChatDraft, call: Any, path: str) -> JSON:
+    """Functions of the old API have no id: the place in the conversation serves as one."""
+    function = as_object(call, path)
+    return {
+        "type": "tool_use",
+        "id": f"call_fn_{len(draft.turns)}",
+        "name": draft.tool_name(as_text(function.get("name"), f"{path}.name")),
+        "input": tool_input(function.get("arguments")),
+    }
+
+
+def _tool_message(draft: ChatDraft, message: JSON, path: str) -> None:
+    id = as_text(message.get("tool_call_id"), f"{path}.tool_call_id")
+    draft.turns.append(("user", _marked([_tool_result(draft, message, path, id)], message)))
+
+
+def _function_message(draft: ChatDraft, message: JSON, path: str) -> None:
+    name = draft.tool_name(as_text(message.get("name"), f"{path}.name"))
+    blocks = (block for _, turn in reversed(draft.turns) for block in turn)
+    calls = (b["id"] for b in blocks if b["type"] == "tool_use" and b["name"] == name)
+    draft.turns.append(("user", [_tool_result(draft, message, path, next(calls, "call_fn"))]))
+
+
+def _tool_result(draft: ChatDraft, message: JSON, path: str, id: str) -> JSON:
+    block: JSON = {"type": "tool_result", "tool_use_id": safe_name(id or "call")}
+    content = message.get("content")
+    if isinstance(content, str):
+        block.update({"content": content} if content.strip() else {})
+    else:
+        parts = chat_content(draft, content, f"{path}.content")
+        block.update({"content": parts} if parts else {})
+    return {**block, "is_error": True} if message.get("is_error") is True else block
+
+
+CHAT_ROLES: Dict[str, Callable[[ChatDraft, JSON, str], None]] = {
+    "system": _system_message,
+    "developer": _system_message,
+    "user": _user_message,
+    "assistant": _assistant_message,
+    "tool": _tool_message,
+    "function": _function_message,
+}
+
+
+def _messages(draft: ChatDraft, value: Any) -> None:
+    for number, message in enumerate(as_list(value, "messages")):
+        path = f"messages.{number}"
+        role = as_object(message, path).get("role")
+        add = CHAT_ROLES.get(role) if isinstance(role, str) else None
+        if add is None:
+            known = ", ".join(CHAT_ROLES)
+            raise RequestError(f"unknown role; expected one of {known}", param=f"{path}.role")
+        add(draft, message, path)
+
+
+def _input(draft: ChatDraft, value: Any) -> None:
+    """The items of a Responses body that Cursor posts to the chat endpoint."""
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    messages: List[JSON] = []
+    for number, item in enumerate(as_list(value, "input")):
+        item = as_object(item, f"input.{number}")
+        if item.get("type") in ("function_call", "custom_tool_call"):
+            kind = "custom" if item["type"] == "custom_tool_call" else "function"
+            call = {"id": item.get("call_id"), kind: item}
+            messages.append({"role": "assistant", "tool_calls": [call]})
+        elif item.get("type") in ("function_call_output", "custom_tool_call_output"):
+            result = {"tool_call_id": item.get("call_id"), "content": item.get("output")}
+            messages.append({"role": "tool", **result})
+        elif "role" in item:
+            messages.append(item)
+        else:
+            draft.ignore(f"input.{item.get('type')}")
+    _messages(draft, messages)
+
+
+# --- tools
+
+
+def _tools(draft: ChatDraft, value: Any) -> None:
+    for number, tool in enumerate(as_list(value, "tools")):
+        path = f"tools.{number}"
+        tool = as_object(tool, path)
+        inner = tool.get(str(tool.get("type")))
+        function = {**tool, **inner} if isinstance(inner, dict) else tool
+        if _is_server_tool(tool):
+            draft.annotated = True
+            draft.add_tool(dict(tool))
+        elif tool.get("type") == "custom" and "input_schema" not in function:
+            draft.add_tool(_marked([_custom_tool(draft, function, path)], tool)[0])
+        else:
+            draft.add_tool(_marked([_function_tool(draft, function, path)], tool)[0])
+
+
+def _is_server_tool(tool: JSON) -> bool:
+    """Anthropic's own tools carry a date in their type, or configure a set of tools."""
+    type_ = tool.get("type")
+    return isinstance(type_, str) and bool(re.search(r"_20\d{6}$|^mcp_toolset$", type_))
+
+
+def _function_tool(draft: ChatDraft, function: JSON, path: str) -> JSON:
+    name = as_text(function.get("name"), f"{path}.function.name")
+    schema = function.get("input_schema", function.get("parameters"))
+    tool: JSON = {"name": draft.tool_name(name)}
+    if isinstance(function.get("description"), str) and function["description"]:
+        tool["description"] = function["description"]
+    tool["input_schema"] = tool_schema(schema, f"{path}.function.parameters")
+    if function.get("strict") is True:
+        tool["input_schema"], gone = output_schema(tool["input_schema"], path)
+        tool["strict"] = True
+        for keyword in gone:
+            draft.ignore(f"{path}.{keyword}")
+    return tool
+
+
+def _custom_tool(draft: ChatDraft, tool: JSON, path: str) -> JSON:
+    """A tool of free text: Claude fills one string, the grammar goes into the description."""
+    name = as_text(tool.get("name"), f"{path}.custom.name")
+    draft.custom_tools.append(name)
+    format = tool.get("format")
+    grammar = format.get("grammar", format) if isinstance(format, dict) else {}
+    description = str(tool.get("description") or "")
+    if isinstance(grammar, dict) and grammar.get("definition"):
+        syntax = grammar.get("syntax", "")
+        description += f"\n\nThe input must fit this {syntax} grammar:\n{grammar['definition']}"
+    return {
+        "name": draft.tool_name(name),
+        "description": description.strip() or name,
+        "input_schema": {
+            "type": "object",
+            "properties": {"input": {"type": "string"}},
+            "required": ["input"],
+        },
+    }
+
+
+def _functions(draft: ChatDraft, value: Any) -> None:
+    draft.legacy = True
+    for number, function in enumerate(as_list(value, "functions")):
+        path = f"functions.{number}"
+        draft.add_tool(_function_tool(draft, as_object(function, path), path))
+    _parallel_tool_calls(draft, False)  # the old answer has room for one call
+
+
+_CHOICES = {"none": "none", "auto": "auto", "required": "any", "any": "any"}
+
+
+def _tool_choice(draft: ChatDraft, value: Any) -> None:
+    if isinstance(value, str):
+        if value not in _CHOICES:
+            raise RequestError("expected none, auto, required or a tool", param="tool_choice")
+        draft.require_tools({"type": _CHOICES[value]})
+        return
+    choice = as_object(value, "tool_choice")
+    if choice.get("type") == "allowed_tools":
+        _allowed_tools(draft, choice)
+        return
+    if choice.get("type") in ("auto", "any", "none", "tool"):
+        draft.require_tools({"type": choice["type"]})
+    if choice.get("disable_parallel_tool_use") is True:
+        _parallel_tool_calls(draft, False)
+    if choice.get("type") not in ("auto", "any", "none"):
+        name = as_text(_chosen_name(choice), "tool_choice.function.name")
+        draft.require_tools({"type": "tool", "name": draft.tool_name(name)})
+
+
+def _chosen_name(choice: JSON) -> Any:
+    inner = choice.get(str(choice.get("type")))
+    return (inner if isinstance(inner, dict) else choice).get("name")
+
+
+def _allowed_tools(draft: ChatDraft, choice: JSON) -> None:
+    allowed = choice.get("allowed_tools")
+    allowed = allowed if isinstance(allowed, dict) else choice
+    tools = as_list(allowed.get("tools"), "tool_choice.allowed_tools.tools")
+    names = {safe_name(str(_chosen_name(tool))) for tool in tools if isinstance(tool, dict)}
+    kept = [tool for tool in draft.request.get("tools", ()) if tool.get("name") in names]
+    if not kept:
+        raise RequestError("none of these tools is given", param="tool_choice.allowed_tools.tools")
+    draft.request["tools"] = kept
+    draft.require_tools({"type": "any" if allowed.get("mode") == "required" else "auto"})
+
+
+def _function_call(draft: ChatDraft, value: Any) -> None:
+    draft.legacy = True
+    named = {"type": "function", "function": value}
+    _tool_choice(draft, value if isinstance(value, str) else named)
+
+
+def _parallel_tool_calls(draft: ChatDraft, value: Any) -> None:
+    choice = draft.request.get("tool_choice", {"type": "auto"})
+    if not as_boolean(value, "parallel_tool_calls") and choice["type"] != "none":
+        draft.request["tool_choice"] = {**choice, "disable_parallel_tool_use": True}
+
+
+def _web_search_options(draft: ChatDraft, value: Any) -> None:
+    options = as_object(value, "web_search_options")
+    tool: JSON = {"type": "web_search_20250305", "name": "web_search"}
+    location = options.get("user_location")
+    if isinstance(location, dict):
+        place = location.get("approximate")
+        place = place if isinstance(place, dict) else location
+        fields = ("city", "region", "country", "timezone")
+        known = {name: place[name] for name in fields if isinstance(place.get(name), str)}
+        tool["user_location"] = {"type": "approximate", **known}
+    if options.get("search_context_size") not in (None, "medium"):
+        draft.ignore("web_search_options.search_context_size")
+    draft.annotated = True
+    draft.add_tool(tool)
+
+
+# --- the other fields
+
+
+def _copied(field: str) -> ChatHandler:
+    """A field that Anthropic takes under the same name."""
+
+    def copy(draft: ChatDraft, value: Any) -> None:
+        draft.request[field] = value
+
+    return copy
+
+
+def _max_tokens(draft: ChatDraft, value: Any) -> None:
+    draft.request.setdefault("max_tokens", as_positive_integer(value, "max_tokens"))
+
+
+def _temperature(draft: ChatDraft, value: Any) -> None:
+    draft.request["temperature"] = max(0, min(1, as_number(value, "temperature")))
+
+
+def _top_p(draft: ChatDraft, value: Any) -> None:
+    if as_number(value, "top_p") != 1:
+        draft.request["top_p"] = value
+
+
+def _stop(draft: ChatDraft, value: Any) -> None:
+    values = [value] if isinstance(value, str) else as_list(value, "stop")
+    texts = [as_text(text, f"stop.{number}") for number, text in enumerate(values)]
+    kept = [text for text in texts if text.strip()]  # Anthropic refuses blank ones
+    if len(kept) < len(texts):
+        draft.ignore("stop")
+    if kept:
+        draft.request["stop_sequences"] = kept
+
+
+def _n(draft: ChatDraft, value: Any) -> None:
+    draft.n = as_positive_integer(value, "n")
+    if draft.n > MAX_CHOICES:
+        raise RequestError(f"at most {MAX_CHOICES} choices", param="n")
+
+
+MAX_CHOICES = 16  # each is a request upstream of its own
+
+
+def _stream_options(draft: ChatDraft, value: Any) -> None:
+    draft.include_usage = as_object(value, "stream_options").get("include_usage") is True
+
+
+def _response_format(draft: ChatDraft, value: Any) -> None:
+    format = as_object(value, "response_format")
+    if format.get("type") == "json_object":
+        draft.json_object = True
+        text = "Answer with one JSON object and nothing else: no other text, no code fence."
+        draft.system.append({"type": "text", "text": text})
+    elif format.get("type") == "json_schema":
+        _json_schema(
+            draft, as_object(format.get("json_schema", format), "response_format.json_schema")
+        )
+    elif format.get("type") != "text":
+        message = "expected text, json_object or json_schema"
+        raise RequestError(message, param="response_format.type")
+
+
+def _json_schema(draft: ChatDraft, format: JSON) -> None:
+    path = "response_format.json_schema.schema"
+    schema, gone = output_schema(format.get("schema"), path)
+    for keyword in gone:
+        draft.ignore(f"response_format.{keyword}")
+    draft.json_schema = True
+    _output_config(draft, {"format": {"type": "json_schema", "schema": schema}})
+
+
+def _output_config(draft: ChatDraft, value: Any) -> None:
+    config = as_object(value, "output_config")
+    draft.request["output_config"] = {**draft.request.get("output_config", {}), **config}
+
+
+_EFFORTS = {
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "xhigh",
+    "max": "max",
+}
+
+
+def _reasoning_effort(draft: ChatDraft, value: Any) -> None:
+    effort = as_text(value, "reasoning_effort")
+    if effort == "none":
+        draft.request["thinking"] = {"type": "disabled"}
+        return
+    if effort in _EFFORTS:
+        _output_config(draft, {"effort": _EFFORTS[effort]})
+    else:
+        draft.ignore("reasoning_effort")
+    draft.request.setdefault("thinking", {"type": "adaptive", "display": "summarized"})
+
+
+def _reasoning(draft: ChatDraft, value: Any) -> None:
+    """OpenRouter's form: an effort, or a budget of tokens, or just on and off."""
+    reasoning = as_object(value, "reasoning")
+    if reasoning.get("enabled") is False:
+        _reasoning_effort(draft, "none")
+    elif reasoning.get("effort") is not None:
+        _reasoning_effort(draft, reasoning["effort"])
+    elif reasoning.get("max_tokens") is not None:
+        budget = as_positive_integer(reasoning["max_tokens"], "reasoning.max_tokens")
+        draft.request["thinking"] = {"type": "enabled", "budget_tokens": max(1024, budget)}
+    elif reasoning:
+        draft.request["thinking"] = {"type": "adaptive", "display": "summarized"}
+
+
+def _thinking(draft: ChatDraft, value: Any) -> None:
+    draft.request["thinking"] = dict(as_object(value, "thinking"))
+
+
+def _user(draft: ChatDraft, value: Any) -> None:
+    """Anthropic wants an opaque id here, and no address."""
+    id = as_text(value, "user")
+    if "@" in id or len(id) > 256:
+        id = hashlib.sha256(id.encode("utf-8", "replace")).hexdigest()
+    draft.request.setdefault("metadata", {"user_id": id})
+
+
+def _prompt_cache_options(draft: ChatDraft, value: Any) -> None:
+    draft.explicit_cache = as_object(value, "prompt_cache_options").get("mode") == "explicit"
+
+
+def _betas(draft: ChatDraft, value: Any) -> None:
+    names = value.split(",") if isinstance(value, str) else as_list(value, "betas")
+    for name in names:
+        if not re.fullmatch(r"\s*[A-Za-z0-9._-]+\s*", as_text(name, "betas")):
+            raise RequestError("not the name of a beta", param="betas")
+        draft.betas.append(name.strip())
+
+
+def _seen_elsewhere(draft: ChatDraft, value: Any) -> None:
+    """`model` and `stream` are read before the conversion."""
+
+
+# Field -> what becomes of it, and how. The order matters: what comes first wins, and a choice of
+# tools needs the tools.
+CHAT_REQUEST: Dict[str, Tuple[str, ChatHandler]] = {
+    "model": ("`model`, by alias or as it is", _seen_elsewhere),
+    "messages": ("`system` and `messages`", _messages),
+    "input": ("`messages`, for clients that send Responses items here", _input),
+    "stream": ("stream or one answer; upstream is always streamed", _seen_elsewhere),
+    "stream_options": ("`include_usage`: a last chunk with usage", _stream_options),
+    "max_completion_tokens": ("`max_tokens`", _max_tokens),
+    "max_tokens": ("`max_tokens`; without either, all that the model has", _max_tokens),
+    "temperature": ("the same, at most 1; left out where the model refuses it", _temperature),
+    "top_p": ("the same; left out where the model refuses it", _top_p),
+    "top_k": ("the same; left out where the model refuses it", _copied("top_k")),
+    "stop": ("`stop_sequences`, without blank ones", _stop),
+    "n": ("that many requests upstream; only 1 with `stream`", _n),
+    "tools": ("`tools`; names and schemas made acceptable", _tools),
+    "functions": ("`tools`, answered as `function_call`", _functions),
+    "web_search_options": ("the `web_search` tool, with citations", _web_search_options),
+    "tool_choice": ("`tool_choice`; a request in words where forcing is refused", _tool_choice),
+    "function_call": ("`tool_choice`", _function_call),
+    "parallel_tool_calls": ("`disable_parallel_tool_use`", _parallel_tool_calls),
+    "response_format": ("`output_config.format`; json_object as an instruction", _response_format),
+    "output_config": ("the same", _output_config),
+    "reasoning_effort": ("`output_config.effort` and `thinking`", _reasoning_effort),
+    "reasoning": ("`output_config.effort` and `thinking`", _reasoning),
+    "thinking": ("the same, as far as the model takes it", _thinking),
+    "safety_identifier": ("`metadata.user_id`, hashed if it is an address", _user),
+    "user": ("`metadata.user_id`, hashed if it is an address", _user),
+    "prompt_cache_options": (
+        "explicit: only the parts marked by the client are cached",
+        _prompt_cache_options,
+    ),
+    "cache_control": ("the same", _copied("cache_control")),
+    "container": ("the same", _copied("container")),
+    "context_management": ("the same", _copied("context_management")),
+    "mcp_servers": ("the same", _copied("mcp_servers")),
+    "betas": ("header `anthropic-beta`", _betas),
+    "anthropic_beta": ("header `anthropic-beta`", _betas),
+}
+
+# Field -> why it has no effect. Named in the answer's header x-claude-shim-ignored unless its value
+# asks for nothing; an unknown field is treated the same way.
+CHAT_IGNORED: Dict[str, str] = {
+    "audio": "Claude answers in text",
+    "frequency_penalty": "Claude has no such setting",
+    "logit_bias": "Claude has no such setting",
+    "logprobs": "Claude does not tell probabilities",
+    "metadata": "nothing is stored",
+    "moderation": "Claude has its own safeguards",
+    "prediction": "Claude has no such setting",
+    "presence_penalty": "Claude has no such setting",
+    "prompt_cache_key": "Anthropic's cache needs no key",
+    "prompt_cache_retention": "see --prompt-cache",
+    "seed": "Claude has no such setting",
+    "service_tier": "the account decides",
+    "store": "nothing is stored",
+    "top_logprobs": "Claude does not tell probabilities",
+    "verbosity": "say it in the system message",
+}
+_ASKS_FOR_NOTHING: Tuple[Any, ...] = (None, False, 0, "", "auto", "default")
+
+# Field -> why a request that uses it is a 400, and whether a value uses it.
+CHAT_REJECTED: Dict[str, Tuple[str, Callable[[Any], bool]]] = {
+    "modalities": ("Claude answers in text only", lambda value: value not in (None, [], ["text"])),
+}
+
+
+def messages_request_from_chat(
+    body: JSON, model: str, recall: Optional[Callable[[str], List[JSON]]] = None
+) -> ChatDraft:
+    """Return the draft of the Messages request that a chat completion request stands for.
+
+    `recall` gives the thinking blocks that came before a tool call, by its id. `draft.finished()`
+    is the request; the model's own rules are not applied yet. RequestError names the field.
+    """
+    draft = ChatDraft(model, recall)
+    if body.get("messages") is None and body.get("input") is None:
+        raise RequestError("you must give messages", param="messages")
+    for field, (reason, used) in CHAT_REJECTED.items():
+        if used(body.get(field)):
+            raise RequestError(reason, param=field)
+    for field, (_, handler) in CHAT_REQUEST.items():
+        if body.get(field) is not None and not (field == "input" and body.get("messages")):
+            handler(draft, body[field])
+    for field in body:
+        if field not in CHAT_REQUEST and field not in CHAT_REJECTED and _asks(body[field]):
+            draft.ignore(field)
+    return draft
+
+
+def _asks(value: Any) -> bool:
+    return bool(value) and value not in _ASKS_FOR_NOTHING
+
+
+# --- answers
+
+FINISH_REASONS = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "pause_turn": "stop",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "compaction": "length",
+    "tool_use": "tool_calls",
+    "refusal": "content_filter",
+}
+
+DECLINED = "The model declined to answer."
+
+
+class ChatReply(NamedTuple):
+    """What the answer to one chat completion request must look like."""
+
+    created: int = 0  # Unix seconds
+    names: Dict[str, str] = {}  # of tools, as upstream knows them -> as the client does
+    custom_tools: FrozenSet[str] = frozenset()
+    legacy: bool = False
+    json_object: bool = False
+    json_schema: bool = False
+    include_usage: bool = False
+    annotated: bool = False
+
+    @classmethod
+    def to(cls, draft: ChatDraft, created: int) -> ChatReply:
+        """Return the reply that `draft` asks for."""
+        return cls(
+            created,
+            draft.original_names,
+            frozenset(draft.custom_tools),
+            draft.legacy,
+            draft.json_object,
+            draft.json_schema,
+            draft.include_usage,
+            draft.annotated,
+        )
+
+
+def chat_usage(usage: JSON) -> JSON:
+    """Return OpenAI's usage; prompt_tokens hold what the cache gave and took, as clients expect."""
+    prompt, completion = input_token_total(usage), token_count(usage, "output_tokens")
+    read = token_count(usage, "cache_read_input_tokens")
+    written = token_count(usage, "cache_creation_input_tokens")
+    details = usage.get("output_tokens_details")
+    thinking = token_count(details, "thinking_tokens") if isinstance(details, dict) else 0
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {
+            "cached_tokens": read,
+            "audio_tokens": 0,
+            "cache_write_tokens": written,
+        },
+        "completion_tokens_details": {
+            "reasoning_tokens": thinking,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+        "cache_creation_input_tokens": written,  # Roo and LiteLLM read these two
+        "cache_read_input_tokens": read,
+    }
+
+
+def chat_from_messages(messages: Sequence[JSON], reply: ChatReply) -> JSON:
+    """Return the chat completion made of one whole message per choice."""
+    usage: JSON = {}
+    for message in messages:
+        for key, value in chat_usage(message.get("usage") or {}).items():
+            usage[key] = _added(usage[key], value) if key in usage else value
+    return {
+        "id": f"chatcmpl-{messages[0].get('id', '')}",
+        "object": "chat.completion",
+        "created": reply.created,
+        "model": messages[0].get("model", ""),
+        "choices": [_choice(number, message, reply) for number, message in enumerate(messages)],
+        "usage": usage,
+        "service_tier": "default",
+        "system_fingerprint": "claude_shim",
+    }
+
+
+def _added(one: Any, other: Any) -> Any:
+    return {k: one[k] + other[k] for k in one} if isinstance(one, dict) else one + other
+
+
+def _choice(number: int, message: JSON, reply: ChatReply) -> JSON:
+    answer = _chat_message(message, reply)
+    called = bool(answer.get("tool_calls") or answer.get("function_call"))
+    choice = {"index": number, "message": answer, "logprobs": None}
+    return {**choice, **_finish(message, called, reply)}
+
+
+def _finish(message: JSON, called: bool, reply: ChatReply) -> JSON:
+    """Why the answer ended; a call of the client's own tools is always `tool_calls`."""
+    reason = FINISH_REASONS.get(str(message.get("stop_reason")), "stop")
+    if called and reason == "stop":
+        reason = "tool_calls"
+    if reason == "tool_calls":
+        reason = ("function_call" if reply.legacy else reason) if called else "stop"
+    finish: JSON = {"finish_reason": reason}
+    if message.get("stop_details"):
+        finish["stop_details"] = message["stop_details"]
+    return finish
+
+
+def _chat_message(message: JSON, reply: ChatReply) -> JSON:
+    blocks = [block for block in message["content"] if isinstance(block, dict)]
+    text = "".join(str(b.get("text", "")) for b in blocks if b.get("type") == "text")
+    calls = [_chat_call(block, reply) for block in blocks if is_client_tool_use(block)]
+    answer: JSON = {"role": "assistant", "content": text, "refusal": None}
+    if reply.json_object:
+        answer["content"] = "".join(Unfenced().whole(text))
+    if calls and not text:
+        answer["content"] = None
+    answer["annotations"] = url_citations(blocks)
+    if calls and reply.legacy:
+        answer["function_call"] = calls[0]["function"]
+    elif calls:
+        answer["tool_calls"] = calls
+    answer.update(_chat_reasoning(blocks))
+    if message.get("stop_reason") == "refusal" and reply.json_schema:
+        answer["refusal"] = refusal_text(message)
+    return answer
+
+
+def refusal_text(message: JSON) -> str:
+    """Return upstream's explanation of a refusal, or a plain sentence when it gives none."""
+    details = message.get("stop_details")
+    explanation = details.get("explanation") if isinstance(details, dict) else None
+    return explanation if isinstance(explanation, str) and explanation else DECLINED
+
+
+def _chat_call(block: JSON, reply: ChatReply) -> JSON:
+    id, name = str(block.get("id")), str(block.get("name"))
+    name = reply.names.get(name, name)
+    if name in reply.custom_tools:
+        return _custom_call(id, name, custom_input(block))
+    arguments = block.get("partial_json") or json.dumps(block.get("input"), separators=(",", ":"))
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _custom_call(id: str, name: str, text: str) -> JSON:
+    return {"id": id, "type": "custom", "custom": {"name": name, "input": text}}
+
+
+def custom_input(block: JSON) -> str:
+    """Return the free text that a custom tool is called with."""
+    given = block.get("input")
+    text = given.get("input") if isinstance(given, dict) else None
+    return text if isinstance(text, str) else str(block.get("partial_json") or "")
+
+
+def _chat_reasoning(blocks: List[JSON]) -> JSON:
+    """Thinking, readable and as the exact blocks that must come back in a tool loop."""
+    thoughts = [b for b in blocks if b.get("type") in ("thinking", "redacted_thinking")]
+    text = "".join(str(block.get("thinking", "")) for block in thoughts)
+    carried = {"thinking_blocks": thoughts} if thoughts else {}
+    return {"reasoning_content": text, **carried} if text else carried
+
+
+def url_citations(blocks: Iterable[JSON]) -> List[JSON]:
+    """Return the web citations of text blocks; offsets count code points of the joined text."""
+    found: List[JSON] = []
+    start = 0
+    for block in blocks:
+        if block.get("type") != "text":
+            continue
+        end = start + len(str(block.get("text", "")))
+        for citation in block.get("citations") or ():
+            url = _cited_url(citation)
+            if url:
+                title = str(citation.get("title") or url)
+                place = {"start_index": start, "end_index": end, "title": title, "url": url}
+                found.append({"type": "url_citation", "url_citation": place})
+        start = end
+    return found
+
+
+def _cited_url(citation: Any) -> str:
+    url = citation.get("url") or citation.get("source") if isinstance(citation, dict) else None
+    return url if isinstance(url, str) else ""
+
+
+class Unfenced:
+    """Takes one Markdown code fence away that encloses a whole text: `feed` pieces, then `end`.
+
+    The one place where the model's words are touched: a client that asked for a JSON object cannot
+    parse the fence that models like to put around it.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._opened: Optional[bool] = None  # None until the start is known
+
+    def whole(self, text: str) -> List[str]:
+        """Return the pieces of a text that is there at once."""
+        return [self.feed(text), self.end()]
+
+    def feed(self, piece: str) -> str:
+        """Return what is certain to stay."""
+        self._held += piece
+        if self._opened is None and not self._start_known():
+            return ""
+        if not self._opened:
+            return self._taken(len(self._held))
+        tail = re.search(r"\s*`{0,3}\s*\Z", self._held)
+        return self._taken(tail.start() if tail else len(self._held))
+
+    def end(self) -> str:
+        """Return what was held back and stays after all."""
+        if self._opened:
+            return re.sub(r"\s*```\s*\Z", "", self._held)
+        return self._held
+
+    def _start_known(self) -> bool:
+        start = self._held.lstrip()
+        if len(start) < 3 and "```".startswith(start):
+            return False
+        if not start.startswith("```"):
+            self._opened = False
+        elif "\n" in start:
+            self._opened = True
+            self._held = start.partition("\n")[2]
+        return self._opened is not None
+
+    def _taken(self, end: int) -> str:
+        taken, self._held = self._held[:end], self._held[end:]
+        return taken
+
+
+# --- streams
+
+
+class ChatStreamEncoder(EventSink):
+    """Messages events -> the chunks of a streamed chat completion, as server-sent events.
+
+    `remember` is told, at the end, the ids of the calls and the thinking blocks before them.
+    """
+
+    heartbeat = COMMENT
+    object = "chat.completion.chunk"
+
+    def __init__(
+        self, reply: ChatReply, remember: Optional[Callable[[List[str], List[JSON]], None]] = None
+    ) -> None:
+        self._reply = reply
+        self._remember = remember or (lambda ids, blocks: None)
+        self._message = MessageAssembler()  # blocks of text stay empty unless their text is needed
+        self._head: JSON = {}
+        self._around_text = (b"", b"")
+        self._calls = 0
+        self._unfenced = Unfenced() if reply.json_object else None
+
+    @property
+    def takes_text(self) -> bool:  # type: ignore[override]
+        """Whether text may be spliced: it may not where its characters count or are looked at."""
+        free = not (self._reply.annotated or self._reply.json_object)
+        return free and bool(self._around_text[0])
+
+    def feed_text(self, run: bytes) -> bytes:
+        """Return the chunks of a run of raw text deltas: JSON text is spliced as it stands."""
+        before, after = self._around_text
+        return TEXT_DELTA.sub(lambda match: before + match.group(1) + after, run)
+
+    def fail(self, error: ShimError) -> bytes:
+        """Return the error as a line of data; nothing follows it, no [DONE] either."""
+        return server_sent_event(dumps(openai_error(error)[1]))
+
+    # The parts that the legacy completion has in another form.
+
+    def _choice(self, delta: JSON, finish: JSON) -> JSON:
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None, **finish}
+
+    def _text_delta(self, text: str) -> JSON:
+        return {"content": text}
+
+    def _first_delta(self) -> JSON:
+        return {"role": "assistant", "content": "", "refusal": None}
+
+    def _chunk(self, choices: List[JSON], usage: Optional[JSON] = None) -> bytes:
+        body = {**self._head, "choices": choices}
+        if self._reply.include_usage:
+            body["usage"] = usage
+        return server_sent_event(dumps(body))
+
+    def _delta(self, delta: JSON) -> bytes:
+        return self._chunk([self._choice(delta, {})])
+
+    def _text(self, text: str) -> bytes:
+        if self._unfenced:
+            text = self._unfenced.feed(text)
+        return self._delta(self._text_delta(text)) if text else b""
+
+    def _call(self, call: JSON) -> bytes:
+        if self._reply.legacy:
+            return self._delta({"function_call": call["function"]})
+        return self._delta({"tool_calls": [{"index": self._calls - 1, **call}]})
+
+    # Events
+
+    def _on_message_start(self, event: JSON) -> bytes:
+        self._message.feed(event)
+        message = self._message.message or {}
+        self._head = {
+            "id": f"chatcmpl-{message.get('id', '')}",
+            "object": self.object,
+            "created": self._reply.created,
+            "model": message.get("model", ""),
+            "service_tier": "default",
+            "system_fingerprint": "claude_shim",
+        }
+        before, _, after = self._delta(self._text_delta("\x00")).partition(b"\\u0000")
+        self._around_text = (before, after)
+        first = self._first_delta()
+        return self._delta(first) if first else b""
+
+    def _on_content_block_start(self, event: JSON) -> bytes:
+        self._message.feed(event)
+        block = self._open_block()
+        if block.get("type") == "text" and block.get("text"):
+            return self._text(str(block["text"]))
+        if not is_client_tool_use(block):
+            return b""
+        self._calls += 1
+        name = self._name(block)
+        if name in self._reply.custom_tools:
+            return self._call(_custom_call(str(block.get("id")), name, ""))
+        function = {"name": name, "arguments": ""}
+        return self._call({"id": block.get("id"), "type": "function", "function": function})
+
+    def _on_content_block_delta(self, event: JSON) -> bytes:
+        delta = event.get("delta")
+        delta = delta if isinstance(delta, dict) else {}
+        piece = delta.get(DELTA_TEXT.get(str(delta.get("type")), ""))
+        if delta.get("type") != "text_delta" or self._reply.annotated:
+            self._message.feed(event)
+        if not isinstance(piece, str) or not piece:
+            return b""
+        if delta["type"] == "text_delta":
+            return self._text(piece)
+        if delta["type"] == "thinking_delta":
+            return self._delta({"reasoning_content": piece})
+        block = self._open_block()
+        if not is_client_tool_use(block) or self._name(block) in self._reply.custom_tools:
+            return b""
+        return self._call({"function": {"arguments": piece}})
+
+    def _on_content_block_stop(self, event: JSON) -> bytes:
+        told = self._message.open_text.strip()
+        self._message.feed(event)
+        block = self._open_block()
+        if block.get("type") in ("thinking", "redacted_thinking"):
+            return self._thinking_block(block)
+        if not is_client_tool_use(block):
+            return b""
+        if self._name(block) in self._reply.custom_tools:
+            return self._call({"custom": {"input": custom_input(block)}})
+        arguments = json.dumps(block.get("input") or {}, separators=(",", ":"))
+        return b"" if told else self._call({"function": {"arguments": arguments}})
+
+    def _thinking_block(self, block: JSON) -> bytes:
+        """The exact block, once: what LiteLLM and the Agents SDK send back in a tool loop."""
+        index = len(_thinking_of(self._blocks())) - 1
+        return self._delta({"thinking_blocks": [{"index": index, **block}]})
+
+    def _on_message_delta(self, event: JSON) -> bytes:
+        return self._message.feed(event)
+
+    def _on_message_stop(self, event: JSON) -> bytes:
+        self._message.feed(event)
+        message = self._message.message
+        if message is None:
+            raise UpstreamCutError("upstream ended an answer that had not begun")
+        self.complete = True
+        calls = [str(block.get("id")) for block in self._blocks() if is_client_tool_use(block)]
+        self._remember(calls, _thinking_of(self._blocks()))
+        finish = _finish(message, bool(calls), self._reply)
+        chunks = [*self._last_deltas(message), self._chunk([self._choice({}, finish)])]
+        if self._reply.include_usage:
+            chunks.append(self._chunk([], chat_usage(message["usage"])))
+        return b"".join([*chunks, server_sent_event(b"[DONE]")])
+
+    def _last_deltas(self, message: JSON) -> Iterator[bytes]:
+        rest = self._unfenced.end() if self._unfenced else ""
+        if rest:
+            yield self._delta(self._text_delta(rest))
+        found = url_citations(self._blocks())
+        if found:
+            yield self._delta({"annotations": found})
+        if message.get("stop_reason") == "refusal" and self._reply.json_schema:
+            yield self._delta({"refusal": refusal_text(message)})
+
+    def _blocks(self) -> List[JSON]:
+        return self._message.message["content"] if self._message.message else []
+
+    def _open_block(self) -> JSON:
+        blocks = self._blocks()
+        return blocks[-1] if blocks else {}
+
+    def _name(self, block: JSON) -> str:
+        name = str(block.get("name"))
+        return self._reply.names.get(name, name)
+
+
+def _thinking_of(blocks: List[JSON]) -> List[JSON]:
+    return [b for b in blocks if b.get("type") in ("thinking", "redacted_thinking")]
+
+
+# --- the legacy endpoint, over the same path
+
+COMPLETION_REJECTED = ("suffix", "echo")
+
+
+def chat_from_completion(body: JSON, prompt: str) -> JSON:
+    """Return the chat body that a legacy completion request stands for, for one of its prompts."""
+    for field in COMPLETION_REJECTED:
+        if body.get(field):
+            raise RequestError("Claude completes no text in the middle", param=field)
+    if body.get("best_of") not in (None, 1, body.get("n")):
+        raise RequestError("choose among `n` choices instead", param="best_of")
+    shared = {k: v for k, v in body.items() if k not in ("prompt", "best_of", *COMPLETION_REJECTED)}
+    return {**shared, "messages": [{"role": "user", "content": prompt}]}
+
+
+def completion_prompts(body: JSON) -> List[str]:
+    """Return the prompts of a legacy completion request; RequestError for lists of tokens."""
+    prompt = body.get("prompt")
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    if not prompts:
+        raise RequestError("expected a prompt", param="prompt")
+    return [as_text(text, "prompt") for text in prompts]
+
+
+def completion_from_messages(messages: Sequence[JSON], reply: ChatReply) -> JSON:
+    """Return the legacy text completion made of one whole message per choice."""
+    completion = chat_from_messages(messages, reply)
+    choices = [
+        {
+            "index": choice["index"],
+            "text": choice["message"]["content"] or "",
+            "logprobs": None,
+            "finish_reason": choice["finish_reason"],
+        }
+        for choice in completion["choices"]
+    ]
+    id = f"cmpl-{messages[0].get('id', '')}"
+    return {**completion, "id": id, "object": "text_completion", "choices": choices}
+
+
+class CompletionStreamEncoder(ChatStreamEncoder):
+    """Messages events -> the chunks of a streamed legacy completion: text and a reason, no more."""
+
+    object = "text_completion"
+
+    def _choice(self, delta: JSON, finish: JSON) -> JSON:
+        text = delta.get("text", "")
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": None, **finish}
+
+    def _text_delta(self, text: str) -> JSON:
+        return {"text": text}
+
+    def _first_delta(self) -> JSON:
+        return {}
+
+    def _delta(self, delta: JSON) -> bytes:
+        return super()._delta(delta) if "text" in delta else b""
+
+
+# ----------------------------------------------------------------------
+# 8. Credentials                                              uses: 0 1
+# ----------------------------------------------------------------------
+# Who pays. A credential gives the headers of one upstream request; secrets are never in a repr.
+
+
+class Credential:
+    """What proves to upstream who pays: one header, never two."""
+
+    kind = ""
+
+    def headers(self, client: Dict[str, str]) -> HeaderList:
+        """Return the header for a request whose client sent the headers `client`."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Return a sentence without secrets: what it is, where from, whose bill."""
+        raise NotImplementedError
+
+    def secrets(self) -> List[str]:
+        """Return what must never be shown."""
+        return []
+
+
+class APIKey(Credential):
+    """An API key of the Claude Console, sent as `x-api-key`."""
+
+    kind = "api-key"
+
+    def __init__(self, key: str, source: str) -> None:
+        self._key = key
+        self._source = source
+
+    def headers(self, client: Dict[str, str]) -> HeaderList:
+        return [("x-api-key", self._key)]
+
+    def describe(self) -> str:
+        return f"API key from {self._source}, billed to its Claude Console organisation"
+
+    def secrets(self) -> List[str]:
+        return [self._key]
+
+
+class Passthrough(Credential):
+    """The client's own credential, handed on as it came."""
+
+    kind = "passthrough"
+
+    def headers(self, client: Dict[str, str]) -> HeaderList:
+        for name in ("x-api-key", "authorization"):
+            if client.get(name):
+                return [(name, client[name])]
+        if client.get("api-key"):
+            return [("x-api-key", client["api-key"])]
+        raise AuthenticationError(
+            "send your Anthropic API key as x-api-key or Authorization: Bearer"
+        )
+
+    def describe(self) -> str:
+        return "each client's own key, billed to each client"
+
+
+class NoCredential(Credential):
+    """For an upstream that asks for none."""
+
+    kind = "none"
+
+    def headers(self, client: Dict[str, str]) -> HeaderList:
+        return []
+
+    def describe(self) -> str:
+        return "none, nothing is billed"
+
+
+def checked_secret(text: str, source: str) -> str:
+    """Return a key without surrounding white space; ConfigError if it cannot be a header value."""
+    key = text.strip()
+    if not re.fullmatch(r"[\x21-\x7e]+", key):
+        reason = "is empty" if not key else "holds white space or characters beyond ASCII"
+        raise ConfigError(f"the key from {source} {reason}")
+    return key
+
+
+class ClientKeys:
+    """The keys that clients must show, by name; none set means that all may call."""
+
+    def __init__(self, keys: Optional[Dict[str, str]] = None) -> None:
+        self._keys = {name: key.encode() for name, key in (keys or {}).items()}
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def secrets(self) -> List[str]:
+        """Return what must never be shown."""
+        return [key.decode() for key in self._keys.values()]
+
+    def name_of(self, client: Dict[str, str]) -> str:
+        """Return the name of the key that a request's headers show.
+
+        Every key is compared, in constant time. AuthenticationError when none fits.
+        """
+        if not self._keys:
+            return ""
+        shown = [text.encode("utf-8", "replace") for text in shown_keys(client)]
+        found = [
+            name
+            for name, key in self._keys.items()
+            if any([hmac.compare_digest(key, candidate) for candidate in shown])
+        ]
+        if found:
+            return found[0]
+        reason = "wrong" if shown else "missing"
+        raise AuthenticationError(
+            f"The client key is {reason}: send the key of this claude_shim as "
+            "Authorization: Bearer, x-api-key or api-key."
+        )
+
+
+def shown_keys(client: Dict[str, str]) -> List[str]:
+    """Return the keys that a request shows, wherever clients put them."""
+    scheme, _, token = client.get("authorization", "").partition(" ")
+    bearer = token.strip() if scheme.lower() == "bearer" else ""
+    places = (
+        bearer,
+        *(client.get(name, "") for name in ("x-api-key", "api-key", "x-claude-shim-key")),
+    )
+    return [key for key in places if key]
+
+
+def parsed_client_keys(text: str, source: str) -> Dict[str, str]:
+    """Return name -> key of a key file: one key a line, an optional name and a space before it.
+
+    Empty lines and lines that start with # are skipped. ConfigError names the line.
+    """
+    keys: Dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        if len(words) > 2:
+            raise ConfigError(f"{source}, line {number}: expected a key, or a name and a key")
+        name = words[0] if len(words) == 2 else f"line {number}"
+        keys[name] = checked_secret(words[-1], f"{source}, line {number}")
+    if not keys:
+        raise ConfigError(f"{source} holds no key")
+    return keys
+
+
+# ----------------------------------------------------------------------
+# 9. Upstream over HTTP                                   uses: 0 1 2 4
+# ----------------------------------------------------------------------
+# An urllib opener whose handlers are ours: kept-alive connections, heads written and parsed here
+# (the email parser costs more than the rest), no redirects, limits on every wait. A wait also ends
+# when the client hangs up.
+
+MAX_HEAD_BYTES = 64 << 10
+_BURST = 256 << 10
+
+
+class Limits(NamedTuple):
+    """How long to wait for upstream, in seconds."""
+
+    connect: float = 10.0
+    first_byte: float = 300.0  # of the head; a long prompt takes a while before it
+    silence: float = 300.0  # between two reads; Anthropic pings every 30 s
+    total: float = 3600.0
+
+
+def readable(sockets: Sequence[socket.socket], timeout: float) -> List[socket.socket]:
+    """Return those of `sockets` that can be read, or were closed, within `timeout` seconds."""
+    if not hasattr(select, "poll"):  # Windows
+        return list(select.select(sockets, [], [], max(0.0, timeout))[0])
+    poll = select.poll()
+    for sock in sockets:
+        poll.register(sock, select.POLLIN)
+    ready = {descriptor for descriptor, _ in poll.poll(max(0, math.ceil(timeout * 1000)))}
+    return [sock for sock in sockets if sock.fileno() in ready]
+
+
+class ClientWatch:
+    """Notices that the client of a request hung up; a half-closed connection counts as gone."""
+
+    def __init__(self, sock: Optional[socket.socket] = None) -> None:
+        self._sock = sock
+
+    def wait(self, sock: Optional[socket.socket], timeout: float) -> bool:
+        """Return whether `sock` became readable in time; ClientGone as soon as the client left."""
+        deadline = time.monotonic() + timeout
+        while True:
+            watched = [s for s in (sock, self._sock) if s is not None]
+            ready = readable(watched, deadline - time.monotonic()) if watched else []
+            if self._sock in ready:
+                self._look()
+            if sock in ready and sock is not None:
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            if not watched:
+                time.sleep(max(0.0, deadline - time.monotonic()))
+
+    def _look(self) -> None:
+        """Bytes are the next request, sent early: then there is nothing more to see here."""
+        try:
+            gone = self._sock is not None and not self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        except OSError:
+            gone = True
+        if gone:
+            raise ClientGone()
+        self._sock = None
+
+
+class UpstreamRequest(NamedTuple):
+    """One request as an upstream gets it."""
+
+    method: str
+    path: str  # with the query, below the base URL
+    headers: HeaderList
+    body: bytes
+    watch: ClientWatch = ClientWatch()
+    patience: Optional[float] = None  # seconds until the head, where less than usual will do
+
+
+class Source:
+    """Body bytes that are still coming: `read` until b"", then or before that `close`."""
+
+    sock: Optional[socket.socket] = None  # to wait on; None when `read` never waits
+
+    def ready(self) -> bool:
+        """Return whether `read` has bytes at hand."""
+        return True
+
+    def read(self) -> bytes:
+        """Return the next burst, b"" at the regular end; a ShimError when it is cut."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of the connection after the whole answer; it may serve another."""
+
+    def drop(self) -> None:
+        """Close the connection at once: nobody wants the rest."""
+
+
+class BytesSource(Source):
+    """A body that is all there."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    def read(self) -> bytes:
+        body, self._body = self._body, b""
+        return body
+
+
+class UpstreamResponse(NamedTuple):
+    """Head of an answer, and the source of its body."""
+
+    status: int
+    headers: HeaderList  # names in lower case
+    source: Source
+
+    def header(self, name: str) -> str:
+        """Return the value of a header field, or an empty string."""
+        return next((value for key, value in self.headers if key == name), "")
+
+    def is_event_stream(self) -> bool:
+        """Return whether the body is server-sent events."""
+        return self.header("content-type").lower().startswith("text/event-stream")
+
+
+class Upstream:
+    """Where Messages requests go."""
+
+    url = ""
+
+    def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        """Return the head of the answer; a ShimError when there is none."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of idle connections."""
+
+
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: [\t\x20-\x7e\x80-\xff]*)?\Z")
+_HEADER_LINE = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*\Z"
+)
+_UNSAFE_HEADER = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
+
+
+def parsed_response_head(head: bytes) -> Tuple[int, HeaderList]:
+    """Return the status and header fields of a response head; UpstreamCutError if malformed."""
+    lines = head.split(b"\r\n")
+    status = _STATUS_LINE.match(lines[0])
+    fields = [_HEADER_LINE.match(line) for line in lines[1:]]
+    if not status or not all(fields):
+        raise UpstreamCutError("upstream did not answer in HTTP/1.1")
+    pairs = [(f.group(1), f.group(2)) for f in fields if f]
+    return int(status.group(1)), [
+        (k.decode("ascii").lower(), v.decode("latin-1")) for k, v in pairs
+    ]
+
+
+class Framing(NamedTuple):
+    """How the end of a body is known."""
+
+    chunked: bool
+    length: Optional[int]  # None: until the connection closes
+    keep: bool  # whether the connection lives on
+
+
+def response_framing(status: int, headers: HeaderList) -> Framing:
+    """Return the framing of a response body (RFC 9112 6.3); UpstreamCutError if it is ambiguous."""
+    fields: Dict[str, List[str]] = {}
+    for name, value in headers:
+        fields.setdefault(name, []).append(value.strip().lower())
+    keep = "close" not in ",".join(fields.get("connection", []))
+    if fields.get("content-encoding", ["identity"]) != ["identity"]:
+        raise UpstreamCutError("upstream compressed its answer although that was not asked for")
+    if status in (204, 304):
+        return Framing(False, 0, keep)
+    codings, lengths = fields.get("transfer-encoding", []), fields.get("content-length", [])
+    if codings == ["chunked"]:
+        return Framing(True, None, keep and not lengths)
+    if codings or len(set(lengths)) > 1 or not all(re.fullmatch("[0-9]{1,15}", n) for n in lengths):
+        raise UpstreamCutError("upstream framed its answer in a way that is not valid HTTP/1.1")
+    return Framing(False, int(lengths[0]) if lengths else None, keep and bool(lengths))
+
+
+class UpstreamConnection(Source):
+    """One connection: a request out, a head in, then the source of the body."""
+
+    def __init__(self, sock: socket.socket, limits: Limits, release: Callable[..., None]) -> None:
+        self.sock: socket.socket = sock
+        self.used = False  # has carried an answer before
+        self.idle_since = 0.0
+        self._limits = limits
+        self._release = release
+        self._buffer = b""
+        self._chunks: Optional[ChunkedDecoder] = None
+        self._left: Optional[int] = None
+        self._keep = False
+        self._finished = False
+        self._deadline = 0.0
+
+    def exchange(self, head: bytes, request: UpstreamRequest) -> UpstreamResponse:
+        """Send a request and return its answer's head; OSError if the connection broke before."""
+        self._deadline = time.monotonic() + self._limits.total
+        self._finished = False
+        self.sock.settimeout(self._limits.silence)
+        try:
+            self._send(head, request.body)
+        except (BrokenPipeError, ConnectionResetError):
+            if not self.used and readable([self.sock], 0.5):
+                pass  # an early refusal, such as 413, may be waiting
+            else:
+                raise
+        status, headers = self._read_head(request)
+        framing = response_framing(status, headers)
+        self._chunks = ChunkedDecoder() if framing.chunked else None
+        self._left, self._keep = framing.length, framing.keep
+        return UpstreamResponse(status, headers, self)
+
+    def _send(self, head: bytes, body: bytes) -> None:
+        if len(body) < 1 << 16:
+            self.sock.sendall(head + body)  # one packet is faster than two
+        else:
+            self.sock.sendall(head)
+            self.sock.sendall(body)
+
+    def _read_head(self, request: UpstreamRequest) -> Tuple[int, HeaderList]:
+        deadline = time.monotonic() + (request.patience or self._limits.first_byte)
+        while True:
+            end = self._buffer.find(b"\r\n\r\n")
+            if end >= 0:
+                status, headers = parsed_response_head(self._buffer[:end])
+                self._buffer = self._buffer[end + 4 :]
+                if status >= 200:
+                    return status, headers
+                continue  # 100 Continue, 103 Early Hints
+            if len(self._buffer) > MAX_HEAD_BYTES:
+                raise UpstreamCutError("upstream sent an endless response head")
+            if not self._pending() and not request.watch.wait(
+                self.sock, deadline - time.monotonic()
+            ):
+                raise UpstreamTimeoutError("upstream did not start to answer in time")
+            burst = self.sock.recv(_BURST)
+            if not burst:
+                raise ConnectionResetError("upstream closed the connection without an answer")
+            self._buffer += burst
+
+    def _pending(self) -> bool:
+        return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
+
+    def ready(self) -> bool:
+        return bool(self._buffer) or self._finished or self._pending()
+
+    def read(self) -> bytes:
+        while not self._at_end():
+            burst, self._buffer = self._buffer or self._receive(), b""
+            body = self._decoded(burst)
+            if body:
+                return body
+        self._finished = True
+        return b""
+
+    def _at_end(self) -> bool:
+        return self._finished or self._left == 0 or (self._chunks is not None and self._chunks.done)
+
+    def _receive(self) -> bytes:
+        if time.monotonic() > self._deadline:
+            raise UpstreamTimeoutError("the answer took longer than the total limit")
+        try:
+            return self.sock.recv(_BURST)
+        except socket.timeout:
+            raise UpstreamTimeoutError("upstream fell silent in the middle of the answer") from None
+        except OSError as error:
+            raise UpstreamCutError(f"the connection to upstream broke: {error}") from None
+
+    def _decoded(self, burst: bytes) -> bytes:
+        if self._chunks is None and self._left is None:
+            self._finished = not burst  # the end of the connection is the end of the body
+            return burst
+        if not burst:
+            raise UpstreamCutError("upstream hung up in the middle of the answer")
+        if self._chunks is not None:
+            try:
+                return self._chunks.feed(burst)
+            except ProtocolError as error:
+                raise UpstreamCutError(f"upstream: {error.message}") from None
+        assert self._left is not None
+        body, self._buffer = burst[: self._left], burst[self._left :]
+        self._left -= len(body)
+        return body
+
+    def close(self) -> None:
+        if self._keep and self._rests():
+            self.used = True
+            self._release(self)
+        else:
+            self.drop()
+
+    def _rests(self) -> bool:
+        """Whether the answer is read to its end; the last bytes may be on their way still."""
+        with contextlib.suppress(ShimError):
+            if not self._at_end() and (self.ready() or readable([self.sock], 0.05)):
+                self.read()
+        return self._at_end() and not self._buffer and not (self._chunks and self._chunks.rest)
+
+    def drop(self) -> None:
+        self._keep = False
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+class PooledHandler(urllib.request.BaseHandler):
+    """urllib's http: and https: over kept-alive connections.
+
+    The last one used is taken first. One that was closed meanwhile is noticed when it turns
+    readable; a request that finds out too late is sent again, on a new connection, only if not a
+    byte of an answer had come.
+    """
+
+    IDLE_SECONDS = 30.0  # less than servers keep one open
+    MAX_IDLE = 64
+
+    def __init__(self, limits: Limits, context: Optional[ssl.SSLContext]) -> None:
+        self._limits = limits
+        self._context = context
+        self._idle: List[UpstreamConnection] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def http_open(self, call: UpstreamCall) -> UpstreamResponse:
+        head = call.head()
+        while True:
+            connection = self._taken() or self._connected(call)
+            try:
+                return connection.exchange(head, call.request)
+            except OSError as error:
+                connection.drop()
+                if not (connection.used and isinstance(error, ConnectionError)):
+                    raise UpstreamCutError(f"no answer from upstream: {error}") from None
+            except BaseException:
+                connection.drop()
+                raise
+
+    https_open = http_open
+
+    def _taken(self) -> Optional[UpstreamConnection]:
+        while True:
+            with self._lock:
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                return None
+            fresh = time.monotonic() - connection.idle_since < self.IDLE_SECONDS
+            if fresh and not readable([connection.sock], 0):
+                return connection
+            connection.drop()
+
+    def release(self, connection: UpstreamConnection) -> None:
+        """Take back a connection whose answer was read to the end."""
+        connection.idle_since = time.monotonic()
+        with self._lock:
+            keep = not self._closed and len(self._idle) < self.MAX_IDLE
+            if keep:
+                self._idle.append(connection)
+        if not keep:
+            connection.drop()
+
+    def close_all(self) -> None:
+        """Close the idle connections and keep none from now on."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.drop()
+
+    def _connected(self, call: UpstreamCall) -> UpstreamConnection:
+        host = call.host
+        try:
+            sock = socket.create_connection(_address(host, call.type), self._limits.connect)
+        except OSError as error:
+            message = f"cannot reach upstream at {host}: {error.strerror or error}"
+            raise UpstreamUnreachableError(message) from None
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock = self._secured(sock, call)
+        except OSError as error:
+            sock.close()
+            raise UpstreamUnreachableError(_tls_sentence(host, error)) from None
+        except BaseException:
+            sock.close()
+            raise
+        return UpstreamConnection(sock, self._limits, self.release)
+
+    def _secured(self, sock: socket.socket, call: UpstreamCall) -> socket.socket:
+        if call.type != "https" and not call.tunnel:
+            return sock
+        name, port = _address(call.tunnel or call.host, "https")
+        if call.tunnel:
+            _connect_through_proxy(sock, f"{name}:{port}", call.proxy_authorization())
+        assert self._context is not None
+        return self._context.wrap_socket(sock, server_hostname=name)
+
+
+def _address(host: str, scheme: str) -> Tuple[str, int]:
+    parts = urllib.parse.urlsplit(f"//{host}")
+    return parts.hostname or "", parts.port or (443 if scheme == "https" else 80)
+
+
+def _connect_through_proxy(sock: socket.socket, target: str, authorization: str) -> None:
+    lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
+    lines += [f"Proxy-Authorization: {authorization}"] if authorization else []
+    sock.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        byte = sock.recv(1)  # what follows the head belongs to TLS
+        if not byte or len(head) > MAX_HEAD_BYTES:
+            raise UpstreamUnreachableError("the proxy closed the connection")
+        head += byte
+    status, _ = parsed_response_head(head[:-4])
+    if status != 200:
+        raise UpstreamUnreachableError(f"the proxy refused to connect to {target}: status {status}")
+
+
+def _tls_sentence(host: str, error: OSError) -> str:
+    reason = getattr(error, "verify_message", "") or error.strerror or str(error)
+    advice = " (give your organisation's CA with --ca-file)" if "certificate" in str(error) else ""
+    return f"no secure connection to upstream at {host}: {reason}{advice}"
+
+
+class UpstreamCall(urllib.request.Request):
+    """An UpstreamRequest on its way through urllib's handlers."""
+
+    def __init__(self, base_url: str, request: UpstreamRequest) -> None:
+        super().__init__(base_url + request.path, method=request.method)
+        self.request = request
+        self._origin = self.host
+
+    @property
+    def tunnel(self) -> str:
+        """Host and port behind a proxy that is asked to CONNECT, or an empty string."""
+        return str(getattr(self, "_tunnel_host", None) or "")
+
+    def proxy_authorization(self) -> str:
+        """Return what ProxyHandler made of the user and password in the proxy's URL."""
+        return str(self.headers.get("Proxy-authorization") or "")
+
+    def head(self) -> bytes:
+        """Return the request head; ValueError if a field could break out of its line."""
+        fields = [("Host", self._origin), *self.request.headers, ("Accept-Encoding", "identity")]
+        if self.request.body or self.request.method not in ("GET", "HEAD"):
+            fields.append(("Content-Length", str(len(self.request.body))))
+        if not self.tunnel and self.proxy_authorization():
+            fields.append(("Proxy-Authorization", self.proxy_authorization()))
+        lines = [f"{self.request.method} {self.selector} HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in fields]
+        if any(_UNSAFE_HEADER.search(line) for line in lines):
+            raise RequestError("a header for upstream holds a control character")
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+class HTTPUpstream(Upstream):
+    """The Messages API at `url`, or any gateway that speaks it.
+
+    `extra_headers` go with every request (for a corporate gateway). Proxies come from the
+    environment, as urllib reads it; never for a loopback upstream.
+    """
+
+    def __init__(
+        self,
+        url: str = "https://api.anthropic.com",
+        *,
+        limits: Limits = Limits(),  # noqa: B008 - immutable
+        extra_headers: Iterable[Tuple[str, str]] = (),
+        context: Optional[ssl.SSLContext] = None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._extra_headers = list(extra_headers)
+        if context is None and self.url.startswith("https:"):
+            context = ssl.create_default_context()
+        self._handler = PooledHandler(limits, context)
+        self._opener = (
+            urllib.request.OpenerDirector()
+        )  # without its redirect, file: and ftp: handlers
+        proxies = proxies_for(self.url)
+        if proxies:
+            self._opener.add_handler(urllib.request.ProxyHandler(proxies))
+        self._opener.add_handler(self._handler)
+
+    def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        """Return the head of the answer; a ShimError when there is none, ClientGone on hang-up."""
+        headers = [*request.headers, *self._extra_headers]
+        response: Any = self._opener.open(UpstreamCall(self.url, request._replace(headers=headers)))
+        assert isinstance(response, UpstreamResponse)
+        return response
+
+    def close(self) -> None:
+        self._handler.close_all()
+
+
+def proxies_for(url: str) -> Dict[str, str]:
+    """Return the proxies of the environment that apply to `url`, by scheme; ConfigError for SOCKS."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or is_loopback(host) or urllib.request.proxy_bypass(host):
+        return {}
+    if "://" in proxy and not proxy.startswith("http://"):
+        raise ConfigError(
+            f"the proxy for {parts.scheme} is no http:// proxy: only those are supported"
+        )
+    return {parts.scheme: proxy}
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether `host` is this machine: localhost, 127.0.0.0/8 or ::1."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+# --- retries
+
+
+class RetryPolicy(NamedTuple):
+    """How often and how long a request that was refused for the moment is tried again."""
+
+    retries: int = 2
+    patience: float = 20.0  # seconds of waiting in all
+
+
+_TRANSIENT = frozenset({408, 409, 500, 502, 503, 504, 529})
+
+
+def retry_delay(response: UpstreamResponse, attempt: int) -> Optional[float]:
+    """Return the seconds to wait before the next try; None if upstream would not have one.
+
+    429 without retry-after is a spending limit, where trying again is in vain.
+    """
+    told = response.header("x-should-retry")
+    wait = _retry_after(response)
+    transient = response.status in _TRANSIENT or (response.status == 429 and wait is not None)
+    if told == "false" or not (transient or told == "true"):
+        return None
+    return wait if wait is not None else min(0.5 * 2**attempt, 8.0)
+
+
+def _retry_after(response: UpstreamResponse) -> Optional[float]:
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        with contextlib.suppress(ValueError):
+            seconds = float(response.header(name)) / unit
+            if 0 <= seconds < math.inf:
+                return seconds
+    return None
+
+
+def send_with_retries(
+    upstream: Upstream, request: UpstreamRequest, policy: RetryPolicy
+) -> UpstreamResponse:
+    """Return upstream's answer after as many tries as `policy` allows, all before a byte is shown.
+
+    An answer that ends the tries says `x-should-retry: false`: clients would multiply them.
+    """
+    waited = 0.0
+    for attempt in itertools.count():
+        response, failure = None, None
+        try:
+            response = upstream.send(request)
+        except UpstreamUnreachableError as error:
+            failure = error
+        delay = min(0.5 * 2**attempt, 8.0) if response is None else retry_delay(response, attempt)
+        if delay is None or waited + delay > policy.patience or attempt >= policy.retries:
+            spent = [("x-should-retry", "false")] if attempt > 0 and delay is not None else []
+            if response is None:
+                assert failure is not None
+                failure.headers.extend(spent)
+                raise failure
+            others = [h for h in response.headers if not spent or h[0] != "x-should-retry"]
+            return response._replace(headers=[*others, *spent])
+        if response is not None:
+            response.source.close()
+        request.watch.wait(None, delay)
+        waited += delay
+    raise AssertionError
+
+
+# ----------------------------------------------------------------------
+# 10. Upstream echo                                      uses: 0 2 4 9
+# ----------------------------------------------------------------------
+# A Messages upstream inside the file, for wiring up a client without a credential. It answers the
+# same bytes to the same question, by the same events as the real one, and never leaves the process.
+
+ECHO_ERROR = re.compile(r"\[echo error (\d{3})\]")
+_ECHO_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    529: "overloaded_error",
+}
+
+
+def echo_text(body: JSON) -> str:
+    """Return the text of the last user turn, which is what the echo has to say."""
+    for message in reversed(body.get("messages") or []):
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, str):
+            return content
+        blocks = [b for b in content or () if isinstance(b, dict)]
+        texts = [str(b["text"]) for b in blocks if b.get("type") == "text" and "text" in b]
+        if texts or any(b.get("type") == "tool_result" for b in blocks):
+            return "\n".join(texts) or "I got the result of the tool."
+    return "(nothing was said)"
+
+
+def echo_content(body: JSON) -> List[JSON]:
+    """Return the blocks of the echo's answer: thinking if asked for, a call of the first tool if it
+    was not called yet, JSON if a schema is given, else the text."""
+    blocks: List[JSON] = []
+    if (body.get("thinking") or {}).get("type") in ("adaptive", "enabled"):
+        blocks.append(
+            {"type": "thinking", "thinking": "What was I asked?", "signature": "ZWNobw=="}
+        )
+    format = (body.get("output_config") or {}).get("format")
+    tool = next((t for t in body.get("tools") or () if "input_schema" in t), None)
+    answered = '"tool_result"' in json.dumps(body.get("messages"))
+    if tool and not answered and (body.get("tool_choice") or {}).get("type") != "none":
+        sample = echo_sample(tool["input_schema"])
+        blocks.append(
+            {"type": "tool_use", "id": "toolu_echo", "name": tool["name"], "input": sample}
+        )
+    elif format:
+        blocks.append({"type": "text", "text": json.dumps(echo_sample(format.get("schema")))})
+    else:
+        blocks.append({"type": "text", "text": echo_text(body)})
+    return blocks
+
+
+def echo_sample(schema: Any) -> Any:
+    """Return the plainest value that fits `schema`."""
+    schema = schema if isinstance(schema, dict) else {}
+    if "const" in schema or schema.get("enum"):
+        return schema.get("const", (schema.get("enum") or [None])[0])
+    for union in ("anyOf", "allOf"):
+        if schema.get(union):
+            return echo_sample(schema[union][0])
+    kind = schema.get("type", "object" if "properties" in schema else "string")
+    if kind == "object":
+        members = (schema.get("properties") or {}).items()
+        return {name: echo_sample(member) for name, member in members}
+    plain = {"array": [], "integer": 1, "number": 1.5, "boolean": True, "null": None}
+    return plain.get(kind if isinstance(kind, str) else "string", "echo")
+
+
+def echo_events(body: JSON) -> List[JSON]:
+    """Return the Messages events of the echo's answer to a Messages request."""
+    content = echo_content(body)
+    called = content[-1]["type"] == "tool_use"
+    usage = {"input_tokens": echo_tokens(body), "output_tokens": 1}
+    message: JSON = {
+        "id": "msg_echo",
+        "type": "message",
+        "role": "assistant",
+        "model": body.get("model"),
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": usage,
+    }
+    events: List[JSON] = [{"type": "message_start", "message": message}]
+    for index, block in enumerate(content):
+        events.extend(_echo_block(index, block))
+    delta = {"stop_reason": "tool_use" if called else "end_turn", "stop_sequence": None}
+    spoken = {"output_tokens": max(1, len(json.dumps(content)) // 4)}
+    events.append({"type": "message_delta", "delta": delta, "usage": spoken})
+    return [*events, {"type": "message_stop"}]
+
+
+def _echo_block(index: int, block: JSON) -> Iterator[JSON]:
+    kind = block["type"]
+    empty: JSON = {
+        "text": {"text": ""},
+        "thinking": {"thinking": "", "signature": ""},
+        "tool_use": {"input": {}},
+    }
+    yield {"type": "content_block_start", "index": index, "content_block": {**block, **empty[kind]}}
+    if kind == "tool_use":
+        pieces = [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
+    else:
+        words = re.findall(r"\S+\s*|\s+", block[kind])
+        pieces = [{"type": f"{kind}_delta", kind: word} for word in words]
+    if kind == "thinking":
+        pieces.append({"type": "signature_delta", "signature": block["signature"]})
+    for piece in pieces:
+        yield {"type": "content_block_delta", "index": index, "delta": piece}
+    yield {"type": "content_block_stop", "index": index}
+
+
+def echo_tokens(body: JSON) -> int:
+    """Return a rough count of the tokens of a request: four bytes each."""
+    return max(1, len(json.dumps(body.get("messages"))) // 4)
+
+
+class EchoUpstream(Upstream):
+    """Answers every Messages request with its own last words; `[echo error 429]` in them fails."""
+
+    url = "echo"
+
+    def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        """Return the echo's answer, an error body included."""
+        path = request.path.partition("?")[0]
+        if path == "/v1/messages" and request.method == "POST":
+            return self._message(loads_object(request.body))
+        if path == "/v1/messages/count_tokens" and request.method == "POST":
+            return self._json(200, {"input_tokens": echo_tokens(loads_object(request.body))})
+        if path == "/v1/models":
+            return self._json(200, {"data": [], "has_more": False})
+        return self._error(404, "the echo has messages and nothing else")
+
+    def _message(self, body: JSON) -> UpstreamResponse:
+        wanted = ECHO_ERROR.search(echo_text(body))
+        if wanted:
+            return self._error(int(wanted.group(1)), "you asked for this error")
+        events = echo_events(body)
+        if body.get("stream"):
+            frames = [server_sent_event(dumps(event), event["type"]) for event in events]
+            headers = [("content-type", "text/event-stream"), ("request-id", "req_echo")]
+            return UpstreamResponse(200, headers, BytesSource(b"".join(frames)))
+        usage = {**events[0]["message"]["usage"], **events[-2]["usage"]}
+        whole = {**events[0]["message"], "content": echo_content(body), "usage": usage}
+        return self._json(200, {**whole, **events[-2]["delta"]})
+
+    def _error(self, status: int, message: str) -> UpstreamResponse:
+        type_ = _ECHO_TYPES.get(status, "api_error")
+        return self._json(status, {"type": "error", "error": {"type": type_, "message": message}})
+
+    @staticmethod
+    def _json(status: int, body: JSON) -> UpstreamResponse:
+        headers = [("content-type", "application/json"), ("request-id", "req_echo")]
+        return UpstreamResponse(status, headers, BytesSource(dumps(body)))
+
+
+# ----------------------------------------------------------------------
+# 11. Log                                                       uses: 0
+# ----------------------------------------------------------------------
+# One line a request, of fixed fields. No bodies, no query strings, no header values, no secrets;
+# what comes from outside is escaped and cut, so that nobody can write a line of their own.
+
+
+class Record(NamedTuple):
+    """What is logged of one request."""
+
+    method: str
+    path: str
+    status: int
+    seconds: float
+    request_id: str
+    model: str = ""
+    key_name: str = ""
+    outcome: str = "ok"  # or why the answer did not end regularly
+
+
+def plain(text: str, limit: int = 120) -> str:
+    """Return `text` for a log: printable ASCII without spaces, cut to `limit`."""
+    return re.sub(r"[^\x21-\x7e]", "_", text[:limit]) or "-"
+
+
+def log_line(record: Record) -> str:
+    """Return the line for one request."""
+    return (
+        f"{plain(record.method, 10)} {plain(record.path)} {record.status} "
+        f"{record.seconds * 1000:.1f}ms {plain(record.request_id)} "
+        f"model={plain(record.model)} key={plain(record.key_name)} {plain(record.outcome)}"
+    )
+
+
+class Log:
+    """Writes lines to `stream` (None: nowhere), with every known secret masked."""
+
+    def __init__(self, stream: Optional[TextIO] = None, secrets: Iterable[str] = ()) -> None:
+        self._stream = stream
+        self._secrets = [secret for secret in secrets if secret]
+        self._lock = threading.Lock()
+        self._told: List[str] = []
+
+    def masked(self, text: str) -> str:
+        """Return `text` with every known secret replaced."""
+        for secret in self._secrets:
+            text = text.replace(secret, "[secret]")
+        return text
+
+    def write(self, line: str) -> None:
+        """Write one line; a log that cannot be written must not stop an answer."""
+        if self._stream is None:
+            return
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            self._stream.write(self.masked(line) + "\n")
+            self._stream.flush()
+
+    def once(self, line: str) -> None:
+        """Write a line that was not written before; only the first 1,000 are."""
+        with self._lock:
+            known = line in self._told or len(self._told) >= 1000
+            if not known:
+                self._told.append(line)
+        if not known:
+            self.write(line)
+
+
+# ----------------------------------------------------------------------
+# 12. Endpoints                         uses: 0 1 2 3 4 5 6 8 9 10 11
+# ----------------------------------------------------------------------
+# Request in, Response out. Nothing here knows sockets of clients; a body that is still coming is a
+# Stream or a Gathered, which section 13 pumps.
+
+HEARTBEAT_SECONDS = 15.0
+
+
+class Request(NamedTuple):
+    """One request of a client, read to the end."""
+
+    method: str
+    path: str  # as the client wrote it, with the query
+    headers: Dict[str, str]  # names in lower case
+    body: bytes = b""
+    request_id: str = ""
+    watch: ClientWatch = ClientWatch()
+
+
+class Transform:
+    """Upstream's bytes in, the client's bytes out; here: the same bytes."""
+
+    complete = False  # nothing is missing; after `end` at the latest
+    heartbeat = b""
+
+    def feed(self, burst: bytes) -> bytes:
+        """Return what the client gets for `burst`."""
+        return burst
+
+    def end(self, error: Optional[ShimError] = None) -> bytes:
+        """Return what the client gets when no more comes; `complete` says whether all is well."""
+        self.complete = error is None
+        return b""
+
+
+class Stream(NamedTuple):
+    """An answer that goes to the client as it comes."""
+
+    source: Source
+    transform: Union[Transform, EventTransform]
+
+
+class Gathered(NamedTuple):
+    """An answer that is made when all of its sources have ended."""
+
+    streams: List[Stream]
+    response: Callable[[], Response]
+
+
+class Response(NamedTuple):
+    """An answer to a client."""
+
+    status: int
+    headers: HeaderList
+    body: Union[bytes, Stream, Gathered] = b""
+    model: str = ""  # for the log
+
+
+class RelayTransform(Transform):
+    """Messages events as they came, one whole event at a time.
+
+    A stream that breaks off gets an `error` event: it must not look finished.
+    """
+
+    heartbeat = server_sent_event(b'{"type": "ping"}', "ping")
+    _LAST = re.compile(
+        rb"event: ?(?:message_stop|error)\r?\n|\"type\": ?\"(?:message_stop|error)\""
+    )
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._tail = b""
+
+    def feed(self, burst: bytes) -> bytes:
+        buffer = self._rest + burst
+        marks = (b"\n\n", b"\r\n\r\n", b"\r\r")
+        end = max(buffer.rfind(mark) + len(mark) if mark in buffer else 0 for mark in marks)
+        self._rest = buffer[end:]
+        if len(self._rest) > MAX_EVENT_BYTES:
+            raise UpstreamCutError(f"upstream sent an event of more than {MAX_EVENT_BYTES} bytes")
+        self._tail = buffer[max(0, end - 4096) : end] or self._tail
+        return buffer[:end]
+
+    def end(self, error: Optional[ShimError] = None) -> bytes:
+        self.complete = bool(self._LAST.search(self._tail))
+        if self.complete:
+            return self._rest
+        cut = error or UpstreamCutError("upstream ended in the middle of the answer")
+        return server_sent_event(dumps(anthropic_error(cut)[1]), "error")
+
+
+class ResumingSource(Source):
+    """The events of a turn that upstream pauses, as one message: it is asked to go on."""
+
+    MAX_RESUMPTIONS = 20
+
+    def __init__(self, source: Source, request: JSON, ask: Callable[[JSON], Source]) -> None:
+        self._source = source
+        self._request = request
+        self._ask = ask
+        self._joiner = TurnJoiner()
+        self._events = EventDecoder()
+        self._resumptions = 0
+        self.sock = source.sock
+
+    def ready(self) -> bool:
+        return self._source.ready()
+
+    def read(self) -> bytes:
+        while True:
+            burst = self._source.read()
+            made = self._joined(self._events.feed(burst)) if burst else b""
+            if made:
+                return made
+            if not burst and not self._resumed():
+                return b""
+
+    def _joined(self, events: bytes) -> bytes:
+        parsed = (parsed_event(block + b"\n\n") for block in events.split(b"\n\n") if block)
+        kept = (self._joiner.feed(event) for event in parsed if event is not None)
+        return b"".join(
+            server_sent_event(dumps(e), str(e.get("type"))) for e in kept if e is not None
+        )
+
+    def _resumed(self) -> bool:
+        self._resumptions += 1
+        if not self._joiner.paused or self._resumptions > self.MAX_RESUMPTIONS:
+            return False
+        self._source.close()
+        self._request = self._joiner.resumed(self._request)
+        self._source = self._ask(self._request)
+        self._events = EventDecoder()
+        self.sock = self._source.sock
+        return True
+
+    def close(self) -> None:
+        self._source.close()
+
+    def drop(self) -> None:
+        self._source.drop()
+
+
+class ThinkingMemory:
+    """Thinking blocks by the id of the call they led to, for clients that do not send them back.
+
+    Bounded; what is lost costs a thought, not an answer.
+    """
+
+    def __init__(self, max_bytes: int = 16 << 20) -> None:
+        self._max_bytes = max_bytes
+        self._turns: OrderedDict[str, Tuple[List[JSON], int]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def remember(self, tool_use_ids: List[str], blocks: List[JSON]) -> None:
+        """Keep `blocks` under each of the ids."""
+        size = len(dumps(blocks)) if blocks else 0
+        with self._lock:
+            for id in tool_use_ids if blocks else ():
+                self._bytes += size - self._turns.pop(id, ([], 0))[1]
+                self._turns[id] = (blocks, size)
+            while self._bytes > self._max_bytes:
+                self._bytes -= self._turns.popitem(last=False)[1][1]
+
+    def recall(self, tool_use_id: str) -> List[JSON]:
+        """Return the blocks kept under an id; an empty list when there are none."""
+        with self._lock:
+            return self._turns.get(tool_use_id, ([], 0))[0]
+
+
+class Catalogue:
+    """What is known of models: upstream's own list, the table, and what refusals taught."""
+
+    FRESH_SECONDS = 3600.0
+    RETRY_SECONDS = 60.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._due = clock()
+        self._learned: Dict[str, Model] = {}
+        self.live: Dict[str, Tuple[Model, JSON]] = {}
+        self._lock = threading.Lock()
+
+    def claim(self) -> bool:
+        """Return whether it is time to ask upstream; only one caller is told so."""
+        with self._lock:
+            due = self._clock() >= self._due
+            if due:
+                self._due = self._clock() + self.RETRY_SECONDS
+            return due
+
+    def update(self, entries: Iterable[Any]) -> None:
+        """Take the entries of upstream's GET /v1/models."""
+        objects = [entry for entry in entries if isinstance(entry, dict)]
+        models = [(model_from_live(entry), entry) for entry in objects]
+        with self._lock:
+            self.live = {model.id: (model, entry) for model, entry in models if model}
+            self._due = self._clock() + self.FRESH_SECONDS
+
+    def models(self) -> List[Model]:
+        """Return upstream's models, or an empty list while it has not told."""
+        return [model for model, _ in self.live.values()]
+
+    def model(self, id: str) -> Model:
+        """Return what is known of one model."""
+        known = self.live.get(id)
+        return self._learned.get(id) or (known[0] if known else known_model(id))
+
+    def learn(self, model: Model) -> None:
+        """Remember what a refusal taught."""
+        with self._lock:
+            self._learned[model.id] = model
+
+    def entries(self) -> List[JSON]:
+        """Return the entries of our GET /v1/models."""
+        if self.live:
+            return [model_entry(model, entry) for model, entry in self.live.values()]
+        return [model_entry(model, {}) for model in MODELS]
+
+
+class Policy(NamedTuple):
+    """What an operator decides about requests."""
+
+    client_keys: ClientKeys = ClientKeys()
+    aliases: Dict[str, str] = {}
+    prompt_cache: str = "5m"  # off, 5m, 1h
+    strict: bool = False  # a field without effect is a 400
+    retries: RetryPolicy = RetryPolicy()
+    live_models: bool = True
+
+
+class Form(NamedTuple):
+    """One of the two forms of OpenAI's completions."""
+
+    encoder: Type[ChatStreamEncoder]
+    whole: Callable[[Sequence[JSON], ChatReply], JSON]
+
+
+CHAT_FORM = Form(ChatStreamEncoder, chat_from_messages)
+LEGACY_FORM = Form(CompletionStreamEncoder, completion_from_messages)
+
+
+class Asked(NamedTuple):
+    """An answer of upstream that has begun."""
+
+    source: Source
+    headers: HeaderList
+    changed: Tuple[str, ...]
+
+
+class Route(NamedTuple):
+    """One endpoint; `pattern` is matched against the whole normalised path."""
+
+    methods: Tuple[str, ...]
+    pattern: str
+    endpoint: str  # the method of App
+    summary: str
+    open: bool = False  # without a client key
+
+
+ROUTES: Tuple[Route, ...] = (
+    Route(("POST",), "/v1/chat/completions", "chat_completions", "OpenAI chat, streamed or not"),
+    Route(("POST",), "/v1/completions", "completions", "OpenAI's legacy completions"),
+    Route(("POST",), "/v1/messages", "messages", "Anthropic messages, relayed byte for byte"),
+    Route(
+        ("POST",), "/v1/messages/count_tokens", "count_tokens", "relayed; an estimate if refused"
+    ),
+    Route(("GET", "HEAD"), "/v1/(?:chat/)?models", "models", "models with limits and capabilities"),
+    Route(("GET", "HEAD"), "/v1/models/(?P<id>.+)", "model", "one model"),
+    Route(
+        ("GET", "POST", "DELETE"),
+        "/v1/(?:messages/batches|skills)(?:/.*)?",
+        "relay",
+        "Anthropic's batches and skills, relayed",
+    ),
+    Route(
+        ("GET", "POST", "DELETE"),
+        "/v1/files(?:/.*)?",
+        "files",
+        "Anthropic's files, relayed for clients that send `anthropic-version`",
+    ),
+    Route(("GET", "HEAD"), "/(?:v1|health|healthz|ping|version)?", "health", "is it up", True),
+    Route(("GET",), "/v1/responses", "responses", "426: no WebSocket"),
+)
+
+_PREFIXES = re.compile(
+    r"^(?:/openai(?=/|$)|/api(?=/v1)|/engines/[^/]+(?=/)|/deployments/[^/]+(?=/))"
+)
+_DEPLOYMENT = re.compile(r"/(?:deployments|engines)/([^/]+)/")
+_TWICE = re.compile(
+    r"^/v1/(?:chat/completions|completions|messages|responses)(?:/v1)?"
+    r"/(chat/completions|completions|messages|responses|models)$"
+)
+
+
+def normalised_path(path: str) -> str:
+    """Return the path of an endpoint as ROUTES has it, from the many ways that base URLs are set."""
+    path = re.sub(r"/{2,}", "/", path.partition("?")[0]).rstrip("/") or "/"
+    while _PREFIXES.search(path):
+        path = _PREFIXES.sub("", path) or "/"
+    path = re.sub(r"^(?:/v1)+(?=/|$)", "/v1", path)
+    if not path.startswith("/v1") and route_of("/v1" + path) and not route_of(path):
+        path = "/v1" + path
+    return _TWICE.sub(r"/v1/\1", path)
+
+
+def route_of(path: str) -> Optional[Route]:
+    """Return the route of a normalised path."""
+    return next((route for route in ROUTES if re.fullmatch(route.pattern, path)), None)
+
+
+def speaks_anthropic(path: str, headers: Dict[str, str]) -> bool:
+    """Return whether a request is in Anthropic's dialect, so that errors are, too."""
+    ours = re.match(r"/v1/(?:messages|skills)(?:/|$)", path)
+    return bool(ours) or "anthropic-version" in headers
+
+
+_RELAYED_TO_UPSTREAM = re.compile(
+    r"anthropic-.*|x-stainless-.*|x-claude-code-.*|x-app|user-agent|accept|content-type|idempotency-key"
+)
+_RELAYED_TO_CLIENT = re.compile(
+    r"anthropic-.*|request-id|retry-after|retry-after-ms|x-should-retry|content-type|content-disposition"
+)
+_RATE_LIMITS = re.compile(r"anthropic-ratelimit-(requests|tokens)-(limit|remaining|reset)")
+
+
+def openai_headers(headers: HeaderList, now: float) -> HeaderList:
+    """Return the header fields of upstream's answer that an OpenAI client understands."""
+    kept = [(k, v) for k, v in headers if re.fullmatch(r"retry-after(?:-ms)?|x-should-retry", k)]
+    for name, value in headers:
+        limit = _RATE_LIMITS.fullmatch(name)
+        if limit:
+            unit, kind = limit.groups()
+            shown = duration(value, now) if kind == "reset" else value
+            kept.append((f"x-ratelimit-{kind}-{unit}", shown))
+        if name.startswith("anthropic-ratelimit-"):
+            kept.append((name, value))
+    return kept
+
+
+def duration(until: str, now: float) -> str:
+    """Return the time from `now` until an RFC 3339 instant as OpenAI writes it, such as 6m0s."""
+    try:
+        seconds = datetime.fromisoformat(until.replace("Z", "+00:00")).timestamp() - now
+    except ValueError:
+        return until
+    minutes, rest = divmod(max(0, math.ceil(seconds)), 60)
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+
+
+class App:
+    """Answers requests: `admit` before the body is read, `respond` after."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        credential: Credential = NoCredential(),  # noqa: B008 - immutable
+        policy: Policy = Policy(),  # noqa: B008 - immutable
+        log: Log = Log(),  # noqa: B008 - writes nowhere
+    ) -> None:
+        self.upstream = upstream
+        self.credential = credential
+        self.policy = policy
+        self.log = log
+        self.catalogue = Catalogue()
+        self.memory = ThinkingMemory()
+        self._health: Tuple[float, JSON] = (-math.inf, {})
+        self._threads: List[threading.Thread] = []
+
+    def close(self) -> None:
+        """Let go of upstream."""
+        self.upstream.close()
+        for thread in self._threads:
+            thread.join()
+
+    # --- before the body
+
+    def admit(self, method: str, target: str, headers: Dict[str, str]) -> str:
+        """Return the name of the client key a request shows; a ShimError if it goes no further."""
+        path = normalised_path(target)
+        route = route_of(path)
+        deep = "deep=1" in target.partition("?")[2]
+        name = "" if route and route.open and not deep else self.policy.client_keys.name_of(headers)
+        if route is None:
+            raise NotFoundError(f"{plain(method)} {plain(path)} is not supported by claude_shim")
+        if method not in route.methods:
+            if path == "/v1/responses":
+                raise NotFoundError("POST /v1/responses is not supported by claude_shim yet")
+            allow = ", ".join(route.methods)
+            message = f"{plain(path)} takes {allow}, not {plain(method)}"
+            raise MethodNotAllowedError(message, headers=[("allow", allow)])
+        return name
+
+    # --- with the body
+
+    def respond(self, request: Request) -> Response:
+        """Return the answer, which may be an error; ClientGone when nobody waits for it."""
+        try:
+            path = normalised_path(request.path)
+            route = route_of(path)
+            if route is None:
+                raise NotFoundError(f"{plain(path)} is not supported by claude_shim")
+            endpoint: Callable[[Request], Response] = getattr(self, route.endpoint)
+            return endpoint(request)
+        except ShimError as error:
+            return self.failure(error, request)
+        except RecursionError:
+            return self.failure(RequestError("the request is nested too deeply"), request)
+
+    def failure(self, error: ShimError, request: Request) -> Response:
+        """Return the answer that tells of `error` in the dialect of `request`."""
+        headers = [*error.headers, ("content-type", "application/json")]
+        if speaks_anthropic(normalised_path(request.path), request.headers):
+            status, body = anthropic_error(error, request.request_id)
+            kept = [(k, v) for k, v in headers if _RELAYED_TO_CLIENT.fullmatch(k) or k == "allow"]
+        else:
+            status, body = openai_error(error)
+            kept = [*openai_headers(headers, time.time()), ("content-type", "application/json")]
+            kept += [(k, v) for k, v in headers if k == "allow"]
+            kept += [("x-request-id", v) for k, v in headers if k == "request-id"]
+        return Response(status, kept, self.log.masked(dumps(body).decode("ascii")).encode("ascii"))
+
+    # --- OpenAI's completions
+
+    def chat_completions(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        body = self._with_deployment(request, loads_object(request.body))
+        return self._complete(request, body, [body], CHAT_FORM)
+
+    def completions(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        body = self._with_deployment(request, loads_object(request.body))
+        bodies = [chat_from_completion(body, prompt) for prompt in completion_prompts(body)]
+        return self._complete(request, body, bodies, LEGACY_FORM)
+
+    @staticmethod
+    def _with_deployment(request: Request, body: JSON) -> JSON:
+        """Azure's clients name the model in the path."""
+        deployment = _DEPLOYMENT.search(request.path)
+        if deployment and not body.get("model"):
+            return {**body, "model": urllib.parse.unquote(deployment.group(1))}
+        return body
+
+    def _complete(self, request: Request, body: JSON, bodies: List[JSON], form: Form) -> Response:
+        self._refresh_models(request)
+        id = self._model_id(as_text(body.get("model"), "model"))
+        drafts = [messages_request_from_chat(b, id, self.memory.recall) for b in bodies]
+        questions = [draft for draft in drafts for _ in range(draft.n)]
+        stream = body.get("stream") is not None and as_boolean(body["stream"], "stream")
+        if stream and len(questions) > 1:
+            raise RequestError("one choice only with stream; ask for more without it", param="n")
+        if len(questions) > MAX_CHOICES:
+            raise RequestError(f"at most {MAX_CHOICES} choices in all", param="prompt")
+        self._check_strict(drafts[0])
+        reply = ChatReply.to(drafts[0], int(time.time()))
+        asked = self._ask_all(request, questions)
+        headers = [*self._answer_headers(asked[0], drafts[0])]
+        if stream:
+            transform = EventTransform(form.encoder(reply, self.memory.remember))
+            return Response(200, headers, Stream(asked[0].source, transform), id)
+        return self._gathered(request, asked, Response(200, headers, b"", id), (form, reply))
+
+    def _gathered(
+        self, request: Request, asked: List[Asked], head: Response, made: Tuple[Form, ChatReply]
+    ) -> Response:
+        form, reply = made
+        sinks = [GatheringSink() for _ in asked]
+        streams = [Stream(a.source, EventTransform(sink)) for a, sink in zip(asked, sinks)]
+
+        def response() -> Response:
+            failed = next((sink.error for sink in sinks if sink.error), None)
+            if failed:
+                return self.failure(failed, request)
+            messages = [sink.message for sink in sinks if sink.message]
+            for message in messages:
+                self.memory.remember(*calls_and_thinking(message))
+            json_type = [("content-type", "application/json")]
+            return Response(
+                200, [*head.headers, *json_type], dumps(form.whole(messages, reply)), head.model
+            )
+
+        return head._replace(body=Gathered(streams, response))
+
+    def _check_strict(self, draft: ChatDraft) -> None:
+        for field in draft.ignored:
+            if self.policy.strict:
+                message = "this field has no effect on Claude (claude_shim runs with --strict)"
+                raise RequestError(message, param=field)
+            self.log.once(f"note: {plain(field)} has no effect on Claude and is ignored")
+
+    def _answer_headers(self, asked: Asked, draft: ChatDraft) -> HeaderList:
+        ids = [("x-request-id", value) for name, value in asked.headers if name == "request-id"]
+        ignored = ",".join(dict.fromkeys(plain(name) for name in (*draft.ignored, *asked.changed)))
+        told = [("x-claude-shim-ignored", ignored)] if ignored else []
+        return [*openai_headers(asked.headers, time.time()), *ids, *told]
+
+    def _ask_all(self, request: Request, drafts: List[ChatDraft]) -> List[Asked]:
+        """Ask upstream once per choice; the answers are written while earlier ones are read."""
+        asked: List[Asked] = []
+        try:
+            for draft in drafts:
+                asked.append(self._ask(request, draft))
+        except BaseException:
+            for begun in asked:
+                begun.source.drop()
+            raise
+        return asked
+
+    def _ask(self, request: Request, draft: ChatDraft) -> Asked:
+        """Ask upstream; a refusal that names what could be left out is cured and asked again."""
+        question = draft.finished()
+        if not draft.explicit_cache:
+            question = with_prompt_cache(question, self.policy.prompt_cache)
+        model = self.catalogue.model(question["model"])
+        stripped = False
+        while True:
+            fitted = adapted(question, model)
+            try:
+                response = self._post(request, fitted.request, draft.betas)
+                break
+            except UpstreamError as error:
+                learned = model_after_refusal(model, error.message) if error.status == 400 else None
+                if error.status == 400 and refuses_signature(error.message) and not stripped:
+                    question, stripped = without_thinking(question), True
+                elif learned and adapted(question, learned).request != fitted.request:
+                    model = learned
+                else:
+                    raise
+        if model != self.catalogue.model(model.id):
+            self.catalogue.learn(model)
+        source = response.source
+        if draft.annotated:  # server tools may pause the turn
+            source = ResumingSource(
+                source, fitted.request, lambda body: self._post(request, body, draft.betas).source
+            )
+        return Asked(source, response.headers, fitted.changed)
+
+    def _post(self, request: Request, body: JSON, betas: Sequence[str]) -> UpstreamResponse:
+        """Return upstream's answer to a translated request; UpstreamError if it is no stream."""
+        headers = [
+            ("anthropic-version", "2023-06-01"),
+            ("content-type", "application/json"),
+            ("accept", "text/event-stream"),
+            ("user-agent", f"claude-shim/{__version__}"),
+            *self.credential.headers(request.headers),
+            *([("anthropic-beta", ",".join(dict.fromkeys(betas)))] if betas else []),
+        ]
+        call = UpstreamRequest("POST", "/v1/messages", headers, dumps(body), request.watch)
+        response = send_with_retries(self.upstream, call, self.policy.retries)
+        if response.status != 200:
+            body_bytes = read_error_body(response)
+            raise upstream_error(response.status, parsed_or_none(body_bytes), response.headers)
+        if not response.is_event_stream():
+            response.source.drop()
+            raise UpstreamCutError("upstream did not answer with an event stream")
+        return response
+
+    # --- Anthropic's messages and the rest, relayed
+
+    def messages(self, request: Request) -> Response:
+        """POST /v1/messages."""
+        body = loads_object(request.body)
+        if not as_list(body.get("messages"), "messages"):
+            raise RequestError("expected at least one message", param="messages")
+        return self._relayed_with_model(request, body)
+
+    def count_tokens(self, request: Request) -> Response:
+        """POST /v1/messages/count_tokens; an estimate where upstream has no such endpoint."""
+        body = loads_object(request.body)
+        response = self._relayed_with_model(request, body)
+        if response.status not in (403, 404, 405, 501):
+            return response
+        estimate = max(1, math.ceil(len(request.body) / 3.2))
+        headers = [("content-type", "application/json"), ("x-claude-shim-estimate", "true")]
+        return Response(200, headers, dumps({"input_tokens": estimate}), response.model)
+
+    def _relayed_with_model(self, request: Request, body: JSON) -> Response:
+        self._refresh_models(request)
+        name = as_text(body.get("model"), "model")
+        id = self._model_id(name)
+        if id != name:
+            request = request._replace(body=with_member(request.body, "model", id))
+        return self.relay(request)._replace(model=id)
+
+    def files(self, request: Request) -> Response:
+        """Anthropic's files: /v1/files is OpenAI's too, and only this header tells them apart."""
+        if "anthropic-version" not in request.headers:
+            raise NotFoundError(
+                "claude_shim has no OpenAI files; Anthropic's need anthropic-version"
+            )
+        return self.relay(request)
+
+    def relay(self, request: Request) -> Response:
+        """Hand a request on as it came, and the answer back as it comes."""
+        query = request.path.partition("?")[2]
+        path = normalised_path(request.path) + (f"?{query}" if query else "")
+        passed = [(k, v) for k, v in request.headers.items() if _RELAYED_TO_UPSTREAM.fullmatch(k)]
+        if "anthropic-version" not in request.headers:
+            passed.append(("anthropic-version", "2023-06-01"))
+        headers = [*passed, *self.credential.headers(request.headers)]
+        call = UpstreamRequest(request.method, path, headers, request.body, request.watch)
+        response = self.upstream.send(call)
+        kept = [(k, v) for k, v in response.headers if _RELAYED_TO_CLIENT.fullmatch(k)]
+        ids = [("x-request-id", value) for name, value in kept if name == "request-id"]
+        head = Response(response.status, [*kept, *ids])
+        if response.status >= 400:
+            return head._replace(body=read_error_body(response))
+        transform = RelayTransform() if response.is_event_stream() else Transform()
+        return head._replace(body=Stream(response.source, transform))
+
+    # --- models and health
+
+    def _model_id(self, name: str) -> str:
+        return resolved_model_id(name, self.policy.aliases, self.catalogue.models())
+
+    def _refresh_models(self, request: Request) -> None:
+        """Ask upstream for its models now and then, beside the requests."""
+        if self.policy.live_models and self.catalogue.claim():
+            headers = dict(request.headers)
+            thread = threading.Thread(target=self._fetch_models, args=(headers,), daemon=True)
+            self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+            thread.start()
+
+    def _fetch_models(self, client: Dict[str, str]) -> None:
+        try:
+            response = self._get("/v1/models?limit=1000", client)
+            body = parsed_or_none(read_error_body(response)) if response.status == 200 else None
+            if isinstance(body, dict) and isinstance(body.get("data"), list) and body["data"]:
+                self.catalogue.update(body["data"])
+        except ShimError as error:
+            self.log.once(f"note: upstream does not list its models: {error.message}")
+
+    def _get(self, path: str, client: Dict[str, str]) -> UpstreamResponse:
+        headers = [
+            ("anthropic-version", "2023-06-01"),
+            ("user-agent", f"claude-shim/{__version__}"),
+            *self.credential.headers(client),
+        ]
+        return self.upstream.send(UpstreamRequest("GET", path, headers, b"", patience=5.0))
+
+    def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        if self.policy.live_models and self.catalogue.claim():
+            self._fetch_models(request.headers)
+        return json_response(200, model_list(self.catalogue.entries()))
+
+    def model(self, request: Request) -> Response:
+        """GET /v1/models/{id or alias}."""
+        if self.policy.live_models and self.catalogue.claim():
+            self._fetch_models(request.headers)
+        path = normalised_path(request.path)
+        id = self._model_id(urllib.parse.unquote(path[len("/v1/models/") :]))
+        entries = {entry["id"]: entry for entry in self.catalogue.entries()}
+        entry = entries.get(id) or model_entry(self.catalogue.model(id), {})
+        return json_response(200, entry)
+
+    def health(self, request: Request) -> Response:
+        """GET / and /health; with ?deep=1 also whether the credential is taken, asked once a minute."""
+        status: JSON = {"status": "ok", "service": "claude_shim", "version": __version__}
+        if "deep=1" not in request.path.partition("?")[2]:
+            return json_response(200, status)
+        asked, told = self._health
+        if time.monotonic() - asked > 60:
+            told = self._credential_health(request.headers)
+            self._health = (time.monotonic(), told)
+        return json_response(200 if told["credential"] == "ok" else 503, {**status, **told})
+
+    def _credential_health(self, client: Dict[str, str]) -> JSON:
+        try:
+            response = self._get("/v1/models?limit=1", client)
+        except ShimError as error:
+            return {
+                "status": "failed",
+                "credential": "unknown",
+                "reason": self.log.masked(error.message),
+            }
+        body = parsed_or_none(read_error_body(response))
+        if response.status == 200:
+            return {"credential": "ok"}
+        reason = upstream_error(response.status, body).message
+        return {"status": "failed", "credential": "refused", "reason": self.log.masked(reason)}
+
+    def responses(self, request: Request) -> Response:
+        """GET /v1/responses: Codex asks for a WebSocket here, once."""
+        if "upgrade" in request.headers:
+            message = "claude_shim has no WebSocket; use plain HTTP"
+            raise UpgradeRequiredError(message, headers=[("upgrade", "HTTP/1.1")])
+        raise NotFoundError("no responses are stored here")
+
+
+class GatheringSink(MessageAssembler):
+    """A MessageAssembler that keeps the failure, for an answer that is given at the end."""
+
+    error: Optional[ShimError] = None
+
+    def fail(self, error: ShimError) -> bytes:
+        self.error = error
+        return b""
+
+
+def calls_and_thinking(message: JSON) -> Tuple[List[str], List[JSON]]:
+    """Return the ids of a message's calls, and its thinking blocks."""
+    blocks = message["content"]
+    ids = [str(block.get("id")) for block in blocks if is_client_tool_use(block)]
+    return ids, [b for b in blocks if b.get("type") in ("thinking", "redacted_thinking")]
+
+
+def json_response(status: int, body: JSON) -> Response:
+    """Return an answer with a JSON body."""
+    return Response(status, [("content-type", "application/json")], dumps(body))
+
+
+MAX_SMALL_BODY = 4 << 20
+
+
+def read_error_body(response: UpstreamResponse) -> bytes:
+    """Return a body that should be short, up to a limit; what arrived if it breaks off."""
+    pieces: List[bytes] = []
+    try:
+        while sum(map(len, pieces)) < MAX_SMALL_BODY:
+            piece = response.source.read()
+            if not piece:
+                response.source.close()
+                return b"".join(pieces)
+            pieces.append(piece)
+    except ShimError:
+        pass  # the status says what matters
+    response.source.drop()
+    return b"".join(pieces)[:MAX_SMALL_BODY]
+
+
+def parsed_or_none(body: bytes) -> Any:
+    """Return a JSON value, or None for HTML error pages and the like."""
+    try:
+        return loads(body)
+    except ValueError:
+        return None
+
+
+# ----------------------------------------------------------------------
+# 13. HTTP server                                    uses: 0 1 9 4 11 12
+# ----------------------------------------------------------------------
+# Bytes -> Request, Response -> bytes. The accept loop and a thread a connection are the standard
+# library's; reading a request is ours (RFC 9112), because its parser loses header fields, knows no
+# chunked bodies and takes an unread body for the next request.
+
+
+class ServerLimits(NamedTuple):
+    """What a client may take: bytes, and seconds."""
+
+    max_body: int = 32 << 20  # Anthropic's own limit
+    max_line: int = 16 << 10
+    max_fields: int = 128
+    idle_seconds: float = 60.0  # between two requests of a connection
+    head_seconds: float = 15.0  # for the whole head: a deadline, not a pause between bytes
+    body_pause_seconds: float = 20.0
+    body_seconds: float = 300.0
+    write_seconds: float = 60.0  # a reader that takes nothing for that long is gone
+
+
+class Head(NamedTuple):
+    """The head of a request."""
+
+    method: str
+    target: str  # path and query
+    minor_version: int
+    fields: HeaderList  # names in lower case
+
+    def values(self, name: str) -> List[str]:
+        """Return all values of a header field."""
+        return [value for key, value in self.fields if key == name]
+
+    def tokens(self, name: str) -> List[str]:
+        """Return the members of a list-valued header field, in lower case."""
+        return [t.strip().lower() for t in ",".join(self.values(name)).split(",") if t.strip()]
+
+    def headers(self) -> Dict[str, str]:
+        """Return the fields by name, repeated ones joined."""
+        joined: Dict[str, str] = {}
+        for name, value in self.fields:
+            joined[name] = f"{joined[name]}, {value}" if name in joined else value
+        return joined
+
+    def keeps_alive(self) -> bool:
+        """Return whether the client wants the connection kept."""
+        tokens = self.tokens("connection")
+        return "close" not in tokens and (self.minor_version == 1 or "keep-alive" in tokens)
+
+
+_REQUEST_LINE = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) (HTTP/[0-9]\.[0-9])\Z"
+)
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*\Z")
+_LENGTH = re.compile(r"[0-9]{1,18}")
+SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
+
+
+def parsed_head(head: bytes) -> Head:
+    """Return a request head given without its last empty line; a ProtocolError if it is malformed.
+
+    Nothing is repaired: whatever two readers could read in two ways is refused.
+    """
+    lines = head.split(b"\r\n")
+    first = _REQUEST_LINE.match(lines[0])
+    if not first:
+        raise ProtocolError("the request line is malformed")
+    method, target, version = (group.decode("ascii") for group in first.groups())
+    if version not in ("HTTP/1.1", "HTTP/1.0"):
+        raise VersionNotSupportedError(f"claude_shim speaks HTTP/1.1, not {version}")
+    fields = []
+    for line in lines[1:]:
+        field = _FIELD.match(line)
+        if not field:
+            raise ProtocolError("a header field is malformed")
+        fields.append((field.group(1).decode("ascii").lower(), field.group(2).decode("latin-1")))
+    return _with_authority(Head(method, target, int(version[-1]), fields))
+
+
+def _with_authority(head: Head) -> Head:
+    """Check Host; an absolute-form target replaces it (RFC 9112 3.2.2)."""
+    hosts = head.values("host")
+    if len(hosts) != 1 and (hosts or head.minor_version == 1):
+        raise ProtocolError("expected one Host header")
+    if head.target.startswith("/") or (head.target == "*" and head.method == "OPTIONS"):
+        return head
+    absolute = re.fullmatch(r"https?://([^/?#@]+)(/[^#]*|\?[^#]*)?", head.target, re.IGNORECASE)
+    if not absolute:
+        raise ProtocolError("the request target is malformed")
+    authority, path = absolute.group(1), absolute.group(2) or "/"
+    others = [(name, value) for name, value in head.fields if name != "host"]
+    path = path if path.startswith("/") else f"/{path}"
+    return head._replace(target=path, fields=[("host", authority), *others])
+
+
+def request_framing(head: Head, max_body: int) -> Framing:
+    """Return how the body of a request ends (RFC 9112 6); a ProtocolError if that is ambiguous."""
+    codings, lengths = head.values("transfer-encoding"), head.values("content-length")
+    if head.tokens("content-encoding") not in ([], ["identity"]):
+        raise UnsupportedEncodingError("send the body without Content-Encoding")
+    if codings:
+        if lengths or head.minor_version == 0:
+            raise ProtocolError("Transfer-Encoding together with Content-Length or HTTP/1.0")
+        if [coding.lower() for coding in codings] != ["chunked"]:
+            raise NotImplementedTransferError("the only transfer coding known here is chunked")
+        return Framing(True, None, True)
+    if len(set(lengths)) > 1 or not all(_LENGTH.fullmatch(length) for length in lengths):
+        raise ProtocolError("Content-Length is not one whole number")
+    length = int(lengths[0]) if lengths else 0
+    if length > max_body:
+        raise too_large(max_body)
+    return Framing(False, length, True)
+
+
+def too_large(max_body: int) -> RequestTooLargeError:
+    """Return the error for a body over the limit."""
+    return RequestTooLargeError(f"the request body is over {max_body} bytes (--max-body)")
+
+
+def check_origin(head: Head, allowed_hosts: FrozenSet[str]) -> None:
+    """Refuse what a web page could send: a foreign Host (DNS rebinding), Origin or fetch site.
+
+    Programs send no Origin; browsers do so with every request that crosses sites.
+    """
+    host = host_name("".join(head.values("host")))
+    if head.values("host") and host not in allowed_hosts and not is_loopback(host):
+        message = f"the host {plain(host)} is not served here; add --allow-host {plain(host)}"
+        raise ForbiddenError(message)
+    for origin in head.values("origin"):
+        name = host_name(origin.partition("://")[2]) if "://" in origin else ""
+        if name not in allowed_hosts and not is_loopback(name):
+            raise ForbiddenError("web pages of other sites may not call claude_shim")
+    if set(head.values("sec-fetch-site")) & {"cross-site"}:
+        raise ForbiddenError("web pages of other sites may not call claude_shim")
+
+
+def host_name(authority: str) -> str:
+    """Return the host of `host:port`, in lower case and without brackets."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]@/\\]+)(?::[0-9]{1,5})?", authority.strip())
+    return match.group(1).strip("[]").lower() if match else ""
+
+
+def _http_date(second: int) -> str:
+    days = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+    months = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+    t = time.gmtime(second)
+    day, month = days[t.tm_wday], months[t.tm_mon - 1]
+    return (
+        f"{day}, {t.tm_mday:02} {month} {t.tm_year} {t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT"
+    )
+
+
+def response_head(status: int, headers: HeaderList, second: int) -> bytes:
+    """Return the bytes of a response head; control characters in values become spaces."""
+    phrase = http.HTTPStatus(status).phrase if status in _STATUSES else "Unknown"
+    fields = [
+        ("date", _http_date(second)),
+        ("x-content-type-options", "nosniff"),
+        ("cache-control", "no-store"),
+        *headers,
+    ]
+    lines = [f"{name}: {re.sub(_UNSAFE_VALUE, ' ', value)}\r\n" for name, value in fields]
+    return f"HTTP/1.1 {status} {phrase}\r\n{''.join(lines)}\r\n".encode("latin-1", "replace")
+
+
+_STATUSES = frozenset(int(status) for status in http.HTTPStatus)
+_UNSAFE_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+class ClientConnection(socketserver.BaseRequestHandler):
+    """One connection of a client: requests in, answers out, in order."""
+
+    server: Server
+    request: socket.socket
+
+    def setup(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._buffer = b""
+        self._open = True
+
+    def handle(self) -> None:
+        """Serve requests until one side has had enough."""
+        with contextlib.suppress(ClientGone, OSError):
+            while self._open and self.server.serving:
+                self._serve_one()
+
+    def _serve_one(self) -> None:
+        try:
+            head = self._read_head()
+        except ProtocolError as error:
+            self._refuse(error, Head("-", "/", 1, []), "")
+            return
+        if head is None:
+            self._open = False
+            return
+        self._open = head.keeps_alive()
+        started, status, outcome = time.monotonic(), 0, "ok"
+        response, key_name = None, ""
+        request_id = self._request_id(head)
+        try:
+            check_origin(head, self.server.allowed_hosts)
+            framing = request_framing(head, self.server.limits.max_body)
+            key_name = self._admitted(head)
+            body = self._read_body(head, framing)
+        except ShimError as error:
+            status = self._refuse(error, head, request_id)
+            outcome = type(error).__name__
+        else:
+            watch = ClientWatch(self.request)
+            request = Request(head.method, head.target, head.headers(), body, request_id, watch)
+            response = self._answer(request)
+            status = response.status
+            outcome = self._send(head, response, request)
+        finally:
+            seconds = time.monotonic() - started
+            model = response.model if response else ""
+            path = head.target.partition("?")[0]
+            record = Record(
+                head.method, path, status, seconds, request_id, model, key_name, outcome
+            )
+            self.server.log_request(record)
+
+    def _admitted(self, head: Head) -> str:
+        if head.method == "OPTIONS":
+            raise MethodNotAllowedError("nothing is shared across origins here")
+        return self.server.app.admit(head.method, head.target, head.headers())
+
+    def _answer(self, request: Request) -> Response:
+        try:
+            return self.server.app.respond(request)
+        except (ClientGone, OSError):
+            raise
+        except Exception as error:  # the edge: one request's fault must not cost another's
+            return self._fault(error, request)
+
+    def _fault(self, error: Exception, request: Request) -> Response:
+        self.server.log_fault(error, request.request_id)
+        failure = ShimError(
+            f"claude_shim failed on this request; its log says more ({request.request_id})"
+        )
+        return self.server.app.failure(failure, request)
+
+    @staticmethod
+    def _request_id(head: Head) -> str:
+        """The client's own id if it is harmless, else a new one."""
+        given = "".join(head.values("x-request-id"))
+        return given if SAFE_REQUEST_ID.fullmatch(given) else f"shim_{secrets.token_hex(12)}"
+
+    # --- reading
+
+    def _fill(self, deadline: float) -> bool:
+        """Read some more bytes; False when the client closed. ProtocolError after `deadline`."""
+        if not readable([self.request], deadline - time.monotonic()):
+            raise RequestTimeoutError("the request did not come in time")
+        burst = self.request.recv(1 << 16)
+        self._buffer += burst
+        return bool(burst)
+
+    def _read_head(self) -> Optional[Head]:
+        """The next head; None when the client closed, or was idle for too long."""
+        limits = self.server.limits
+        if not self._buffer:
+            if not self.server.wait_idle(self.request) or not self._fill(time.monotonic() + 1):
+                return None
+        deadline = time.monotonic() + limits.head_seconds
+        while True:
+            if self._buffer.startswith(b"\r\n"):
+                self._buffer = self._buffer[2:]  # RFC 9112 2.2: one empty line may come before
+            end = self._buffer.find(b"\r\n\r\n")
+            self._check_head_size(self._buffer[: end if end >= 0 else None])
+            if end >= 0:
+                head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
+                return parsed_head(head)
+            if self._buffer[:3] == b"\x16\x03\x01":
+                raise ProtocolError("this port speaks plain HTTP, not TLS")
+            if not self._fill(deadline):
+                return None
+
+    def _check_head_size(self, head: bytes) -> None:
+        limits = self.server.limits
+        line, separator, rest = head.partition(b"\r\n")
+        if len(line) > limits.max_line:
+            raise TargetTooLongError(f"the request line is over {limits.max_line} bytes")
+        too_many = rest.count(b"\r\n") >= limits.max_fields
+        if too_many or len(rest) > 4 * limits.max_line:
+            raise HeadersTooLargeError("the header fields are too many or too long")
+        if b"\n" in head.replace(b"\r\n", b""):
+            raise ProtocolError("a line of the head ends in a bare LF")
+
+    def _read_body(self, head: Head, framing: Framing) -> bytes:
+        wants_go = "100-continue" in head.tokens("expect") and head.minor_version == 1
+        if wants_go and (framing.chunked or framing.length) and not self._buffer:
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = time.monotonic() + self.server.limits.body_seconds
+        if framing.chunked:
+            return self._read_chunked(deadline)
+        length = framing.length or 0
+        pieces, size = [self._buffer], len(self._buffer)
+        while size < length:
+            self._buffer = b""
+            self._fill_body(deadline)
+            pieces.append(self._buffer)
+            size += len(self._buffer)
+        whole = b"".join(pieces)
+        self._buffer = whole[length:]
+        return whole[:length]
+
+    def _read_chunked(self, deadline: float) -> bytes:
+        decoder, pieces, size = ChunkedDecoder(), [], 0
+        while True:
+            burst, self._buffer = self._buffer, b""
+            piece = decoder.feed(burst)
+            size += len(piece)
+            if size > self.server.limits.max_body:
+                raise too_large(self.server.limits.max_body)
+            pieces.append(piece)
+            if decoder.done:
+                self._buffer = decoder.rest
+                return b"".join(pieces)
+            self._fill_body(deadline)
+
+    def _fill_body(self, deadline: float) -> None:
+        pause = time.monotonic() + self.server.limits.body_pause_seconds
+        if not self._fill(min(deadline, pause)):
+            raise ClientGone()
+
+    # --- writing
+
+    def _refuse(self, error: ShimError, head: Head, request_id: str) -> int:
+        """Answer without having read the body, so that the connection cannot be used again."""
+        request = Request(head.method, head.target, head.headers(), b"", request_id)
+        unread = head.values("transfer-encoding") or head.tokens("content-length") not in (
+            [],
+            ["0"],
+        )
+        self._open = self._open and not unread and not isinstance(error, ProtocolError)
+        response = self.server.app.failure(error, request)
+        self._send(head, response, request)
+        if not self._open:
+            self._linger()
+        return response.status
+
+    def _linger(self) -> None:
+        """Read on for a moment: closing with unread bytes would destroy the answer on its way."""
+        self.request.shutdown(socket.SHUT_WR)
+        deadline, left = time.monotonic() + 1.0, 1 << 20
+        while left > 0 and readable([self.request], deadline - time.monotonic()):
+            burst = self.request.recv(1 << 16)
+            if not burst:
+                return
+            left -= len(burst)
+
+    def _send(self, head: Head, response: Response, request: Request) -> str:
+        """Send an answer; say for the log how it ended."""
+        self.request.settimeout(self.server.limits.write_seconds)
+        if isinstance(response.body, Gathered):
+            response, outcome = self._gathered(response.body, request)
+            self._send_whole(head, response, request)
+            return outcome
+        if isinstance(response.body, Stream):
+            return self._send_stream(head, response, response.body)
+        self._send_whole(head, response, request)
+        return "ok"
+
+    def _ending(self, head: Head) -> HeaderList:
+        if not self._open:
+            return [("connection", "close")]
+        return [] if head.minor_version else [("connection", "keep-alive")]
+
+    def _send_whole(self, head: Head, response: Response, request: Request) -> None:
+        body = response.body if isinstance(response.body, bytes) else b""
+        headers = [*response.headers, ("content-length", str(len(body))), *self._ending(head)]
+        if all(name != "x-request-id" for name, _ in headers) and request.request_id:
+            headers.append(("x-request-id", request.request_id))
+        top = response_head(response.status, headers, int(time.time()))
+        self.request.sendall(top if head.method == "HEAD" else top + body)
+
+    def _gathered(self, body: Gathered, request: Request) -> Tuple[Response, str]:
+        """Read all sources to their end, while the client waits."""
+        try:
+            for stream in body.streams:
+                for _ in pumped(stream, request.watch, math.inf):
+                    pass
+                stream.source.close()
+            response = body.response()
+            return response, "ok" if response.status < 400 else "upstream failed"
+        except (ClientGone, OSError):
+            raise
+        except Exception as error:
+            return self._fault(error, request), type(error).__name__
+        finally:
+            for stream in body.streams:
+                if not stream.transform.complete:
+                    stream.source.drop()
+
+    def _send_stream(self, head: Head, response: Response, stream: Stream) -> str:
+        """Send an answer as it comes; the head goes out with the first bytes of the body."""
+        chunked = head.minor_version == 1
+        self._open = self._open and chunked
+        headers = [*response.headers, *self._ending(head)]
+        if all(name != "content-type" for name, _ in headers):
+            headers.append(("content-type", "text/event-stream; charset=utf-8"))
+        headers += [("x-accel-buffering", "no")]
+        headers += [("transfer-encoding", "chunked")] if chunked else []
+        pending = response_head(response.status, headers, int(time.time()))
+        frame = chunk if chunked else bytes
+        whole = False
+        try:
+            for piece in pumped(stream, ClientWatch(self.request), HEARTBEAT_SECONDS):
+                last = b"0\r\n\r\n" if chunked and stream.transform.complete else b""
+                self.request.sendall(pending + frame(piece) + last)
+                pending = b""
+                whole = stream.transform.complete
+            if stream.transform.complete and not whole:
+                self.request.sendall(pending + (b"0\r\n\r\n" if chunked else b""))
+            elif pending:
+                self.request.sendall(pending)
+        finally:
+            # Without the last chunk no client can take a broken answer for a whole one.
+            if stream.transform.complete:
+                stream.source.close()
+            else:
+                self._open = False
+                stream.source.drop()
+        return "ok" if stream.transform.complete else "upstream failed"
+
+
+def pumped(stream: Stream, watch: ClientWatch, heartbeat_seconds: float) -> Iterator[bytes]:
+    """Yield what the client gets of `stream`, until its transform is complete or has failed.
+
+    A heartbeat fills each silence. ClientGone as soon as the client left.
+    """
+    source, transform = stream
+    silent_since = time.monotonic()
+    while not transform.complete:
+        try:
+            if source.sock is not None and not source.ready():
+                if not watch.wait(source.sock, min(heartbeat_seconds, MAX_SILENCE)):
+                    if time.monotonic() - silent_since > MAX_SILENCE:
+                        raise UpstreamTimeoutError(
+                            "upstream fell silent in the middle of the answer"
+                        )
+                    yield transform.heartbeat
+                    continue
+            silent_since = time.monotonic()
+            burst = source.read()
+            made = transform.feed(burst) if burst else transform.end()
+        except ShimError as error:
+            yield transform.end(error)
+            return
+        if made:
+            yield made
+        if not burst:
+            return
+
+
+MAX_SILENCE = 300.0
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves an App; a context manager that starts in a thread and stops when left.
+
+    `port` 0 takes a free one; `url` says which. OSError when the port is taken.
+    """
+
+    daemon_threads = True
+    request_queue_size = 1024
+    allow_reuse_address = os.name == "posix"  # elsewhere it lets others steal the port
+    allow_reuse_port = False
+
+    def __init__(
+        self,
+        app: App,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        limits: ServerLimits = ServerLimits(),  # noqa: B008 - immutable
+        allowed_hosts: Iterable[str] = (),
+    ) -> None:
+        self.app = app
+        self.limits = limits
+        self.allowed_hosts = frozenset(name.lower() for name in (*allowed_hosts, host))
+        self.serving = True
+        self._connections: Dict[socket.socket, threading.Thread] = {}
+        self._connections_lock = threading.Lock()
+        self._thread: Optional[threading.Thread] = None
+        self._waker, self._wakened = socket.socketpair()
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__((host, port), ClientConnection)
+        except BaseException:
+            self._waker.close()
+            self._wakened.close()
+            raise
+
+    @property
+    def url(self) -> str:
+        """The base URL for clients."""
+        host, port = self.server_address[:2]
+        shown = f"[{host!s}]" if ":" in str(host) else str(host)
+        return f"http://{shown}:{port}"
+
+    def server_bind(self) -> None:
+        """Bind without the reverse look-up of the standard library, which may take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve one connection; it is known while it lasts, so that it can be ended."""
+        with self._connections_lock:
+            self._connections[request] = threading.current_thread()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._connections_lock:
+                self._connections.pop(request, None)
+
+    def wait_idle(self, sock: socket.socket) -> bool:
+        """Return whether the next request of an idle connection begins, before time or server end."""
+        ready = readable([sock, self._wakened], self.limits.idle_seconds)
+        return sock in ready
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log a fault that no request owns, in one line."""
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception):
+            self.log_fault(error, "connection")
+
+    def log_request(self, record: Record) -> None:
+        """Write the line of one request."""
+        self.app.log.write(log_line(record))
+
+    def log_fault(self, error: Exception, request_id: str) -> None:
+        """Write where a fault of ours arose: a name and lines, no content."""
+        lines, trace = [], error.__traceback__
+        while trace is not None:
+            lines.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
+            trace = trace.tb_next
+        where = " ".join(lines[-6:])
+        self.app.log.write(f"fault {plain(request_id)} {type(error).__name__} at {where}")
+
+    def start(self) -> Server:
+        """Serve in a thread of its own; returns this server."""
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop accepting, end idle connections, give the others a moment, then close them."""
+        self.serving = False
+        if self._thread is not None:
+            self.shutdown()
+            self._thread.join()
+        self._waker.send(b"x")
+        with self._connections_lock:
+            connections = dict(self._connections)
+        deadline = time.monotonic() + 2.0
+        for sock, thread in connections.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+                thread.join(5.0)
+        self.server_close()
+        self._waker.close()
+        self._wakened.close()
+        self.app.close()
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stop()
+
+
+# ----------------------------------------------------------------------
+# 14. Command line                        uses: 0 1 3 4 8 9 10 11 12 13
+# ----------------------------------------------------------------------
+# OPTIONS is the only list of settings: the parser, the environment, the configuration file and the
+# README's table come from it. Precedence: command line, environment, file, default.
+
+
+class Settings(NamedTuple):
+    """All settings, parsed; the fields are those of OPTIONS."""
+
+    host: str
+    port: int
+    upstream: str
+    base_url: str
+    auth: str
+    api_key_file: str
+    client_key_file: str
+    allow_host: Tuple[str, ...]
+    alias: Dict[str, str]
+    opus: str
+    sonnet: str
+    haiku: str
+    prompt_cache: str
+    strict: bool
+    max_body: int
+    retries: int
+    connect_timeout: float
+    first_byte_timeout: float
+    silence_timeout: float
+    total_timeout: float
+    ca_file: str
+    client_cert: str
+    upstream_header: Tuple[Tuple[str, str], ...]
+    allow_plain_http: bool
+    quiet: bool
+
+
+def _text(text: str) -> str:
+    return text
+
+
+def _flag(text: str) -> bool:
+    value = text.strip().lower()
+    if value not in ("1", "true", "yes", "on", "0", "false", "no", "off", ""):
+        raise ValueError("expected yes or no")
+    return value in ("1", "true", "yes", "on")
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def _port(text: str) -> int:
+    port = int(text) if text.isdecimal() else -1
+    if not 0 <= port <= 65535:
+        raise ValueError("expected a port from 0 to 65535")
+    return port
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise ValueError("expected seconds over zero")
+    return seconds
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError("expected a whole number")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,12})([kKmMgG]?)", text.strip())
+    if not match or not int(match.group(1)):
+        raise ValueError("expected a size such as 32M")
+    return int(match.group(1)) << {"": 0, "k": 10, "m": 20, "g": 30}[match.group(2).lower()]
+
+
+def _url(text: str) -> str:
+    parts = urllib.parse.urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("expected a URL such as https://api.anthropic.com")
+    if parts.username is not None:
+        raise ValueError("a URL must not hold a password")
+    return re.sub(r"/v1/?$", "", text.rstrip("/"))
+
+
+def _names(text: str) -> Tuple[str, ...]:
+    return tuple(name for name in re.split(r"[\s,]+", text) if name)
+
+
+def _aliases(text: str) -> Dict[str, str]:
+    pairs = [pair.partition("=") for pair in _names(text)]
+    if not all(name and target for name, _, target in pairs):
+        raise ValueError("expected NAME=MODEL, where NAME may hold *")
+    return {name: target for name, _, target in pairs}
+
+
+def _header_lines(text: str) -> Tuple[Tuple[str, str], ...]:
+    lines = [line.partition(":") for line in text.splitlines() if line.strip()]
+    for name, colon, value in lines:
+        if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name.strip()):
+            raise ValueError("expected 'Name: value'")
+        if name.strip().lower() in ("host", "content-length", "transfer-encoding", "connection"):
+            raise ValueError(f"{name.strip()} is not yours to set")
+        if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value):
+            raise ValueError("a header value holds a control character")
+    return tuple((name.strip(), value.strip()) for name, _, value in lines)
+
+
+class Option(NamedTuple):
+    """One setting: `--flag`, CLAUDE_SHIM_FLAG, `flag = ` in the configuration file."""
+
+    flag: str
+    parse: Callable[[str], Any]
+    default: str
+    help: str
+    metavar: str = ""  # empty: a switch
+    repeats: bool = False
+
+    @property
+    def field(self) -> str:
+        """The field of Settings."""
+        return self.flag.replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return f"CLAUDE_SHIM_{self.field.upper()}"
+
+
+OPTIONS: Tuple[Option, ...] = (
+    Option(
+        "host",
+        _text,
+        "127.0.0.1",
+        "address to listen on; any but loopback needs a client key",
+        "ADDR",
+    ),
+    Option("port", _port, "8765", "port to listen on; 0 takes a free one", "PORT"),
+    Option(
+        "upstream",
+        _one_of("http", "echo"),
+        "http",
+        "http, or echo to try it without credential",
+        "KIND",
+    ),
+    Option(
+        "base-url",
+        _url,
+        "https://api.anthropic.com",
+        "Messages API or a gateway that speaks it",
+        "URL",
+    ),
+    Option(
+        "auth",
+        _one_of("auto", "api-key", "passthrough"),
+        "auto",
+        "auto, api-key, or passthrough: each client's own key goes upstream",
+        "MODE",
+    ),
+    Option(
+        "api-key-file", _text, "", "file that holds the API key; else ANTHROPIC_API_KEY", "FILE"
+    ),
+    Option(
+        "client-key-file",
+        _text,
+        "",
+        "keys that clients must show, one a line; else CLAUDE_SHIM_API_KEY",
+        "FILE",
+    ),
+    Option(
+        "allow-host", _names, "", "further name that clients may use for this host", "NAME", True
+    ),
+    Option(
+        "alias",
+        _aliases,
+        "",
+        "serve NAME (may hold *) by MODEL, as in 'gpt-4o*=sonnet'",
+        "NAME=MODEL",
+        True,
+    ),
+    Option("opus", _text, "", "model for the alias opus; default the newest", "MODEL"),
+    Option("sonnet", _text, "", "model for the alias sonnet; default the newest", "MODEL"),
+    Option("haiku", _text, "", "model for the alias haiku; default the newest", "MODEL"),
+    Option(
+        "prompt-cache",
+        _one_of("off", "5m", "1h"),
+        "5m",
+        "automatic prompt caching: off, 5m or 1h",
+        "TTL",
+    ),
+    Option("strict", _flag, "no", "refuse a field that would have no effect"),
+    Option("max-body", _size, "32M", "largest request body", "SIZE"),
+    Option("retries", _count, "2", "tries after the first while upstream is overloaded", "N"),
+    Option("connect-timeout", _seconds, "10", "seconds to reach upstream", "S"),
+    Option("first-byte-timeout", _seconds, "300", "seconds until upstream starts to answer", "S"),
+    Option("silence-timeout", _seconds, "300", "seconds of silence within an answer", "S"),
+    Option("total-timeout", _seconds, "3600", "seconds for a whole answer", "S"),
+    Option(
+        "ca-file", _text, "", "further certificate authorities, PEM; else SSL_CERT_FILE", "FILE"
+    ),
+    Option("client-cert", _text, "", "client certificate and key for upstream, PEM", "FILE"),
+    Option(
+        "upstream-header",
+        _header_lines,
+        "",
+        "header to add upstream, 'Name: value'",
+        "HEADER",
+        True,
+    ),
+    Option("allow-plain-http", _flag, "no", "send the key over http:// to another host"),
+    Option("quiet", _flag, "no", "no line per request on standard error"),
+)
+
+
+def config_path(environment: Dict[str, str]) -> str:
+    """Return where the configuration file is looked for: never in the working directory."""
+    if os.name == "nt":
+        return os.path.join(environment.get("APPDATA", ""), "claude-shim", "config.ini")
+    home = environment.get("HOME") or "/nonexistent"
+    folder = environment.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
+    return os.path.join(folder, "claude-shim", "config.ini")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser made of OPTIONS."""
+    parser = argparse.ArgumentParser(
+        prog="claude_shim",
+        description="Use Claude from any program that speaks OpenAI's or Anthropic's API.",
+        epilog="Each option can also be set by an environment variable (--base-url by "
+        "CLAUDE_SHIM_BASE_URL) or in the section [claude_shim] of the configuration file.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"claude_shim {__version__}")
+    parser.add_argument(
+        "--config", metavar="FILE", help="configuration file (INI); default: see README"
+    )
+    parser.add_argument("--check-config", action="store_true", help="print the settings and exit")
+    for option in OPTIONS:
+        shown = f"{option.help} (default: {option.default})" if option.default else option.help
+        if not option.metavar:
+            parser.add_argument(
+                f"--{option.flag}", action="store_const", const="yes", help=option.help
+            )
+        else:
+            action = "append" if option.repeats else "store"
+            parser.add_argument(
+                f"--{option.flag}", action=action, metavar=option.metavar, help=shown
+            )
+    return parser
+
+
+def settings_from(
+    arguments: argparse.Namespace, environment: Dict[str, str], file: Dict[str, str]
+) -> Settings:
+    """Return the settings; ConfigError names the setting that is wrong and where it came from."""
+    values: JSON = {}
+    for option in OPTIONS:
+        text, source = _given(option, arguments, environment, file)
+        try:
+            values[option.field] = option.parse(text)
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}, got {text!r}") from None
+    unknown = sorted(set(file) - {option.flag for option in OPTIONS})
+    if unknown:
+        raise ConfigError(f"the configuration file has an unknown setting: {unknown[0]}")
+    return Settings(**values)
+
+
+def _given(
+    option: Option, arguments: argparse.Namespace, environment: Dict[str, str], file: Dict[str, str]
+) -> Tuple[str, str]:
+    given = getattr(arguments, option.field)
+    if given is not None:
+        return "\n".join(given) if isinstance(given, list) else given, f"--{option.flag}"
+    if environment.get(option.variable):
+        return environment[option.variable], f"environment variable {option.variable}"
+    if option.flag in file:
+        return file[option.flag], f"configuration file, {option.flag}"
+    return option.default, f"default of --{option.flag}"
+
+
+def config_values(path: Optional[str], environment: Dict[str, str]) -> Dict[str, str]:
+    """Return the settings of the configuration file; ConfigError when it cannot be read."""
+    file = path or config_path(environment)
+    if path is None and not os.path.exists(file):
+        return {}
+    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",))
+    try:
+        parser.read_string(read_text(file))
+    except configparser.Error as error:
+        raise ConfigError(f"{file}: {error}".replace("\n", " ")) from None
+    if not parser.has_section("claude_shim"):
+        raise ConfigError(f"{file} has no section [claude_shim]")
+    return dict(parser.items("claude_shim"))
+
+
+def read_text(path: str) -> str:
+    """Return the text of a file; ConfigError with the reason when it cannot be read."""
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            return file.read(1 << 20)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"cannot read {path}: {reason}") from None
+
+
+NO_CREDENTIAL = """claude_shim needs a credential for Claude. Give it one of:
+  1. ANTHROPIC_API_KEY=sk-ant-...   an API key from platform.claude.com, in the environment
+  2. --api-key-file FILE            the same, in a file that only you can read
+  3. --auth passthrough             every client sends a key of its own
+Or try it without any: python claude_shim.py --upstream echo"""
+
+
+def credential_from(settings: Settings, environment: Dict[str, str]) -> Credential:
+    """Return what pays upstream; ConfigError when there is nothing."""
+    if settings.upstream == "echo":
+        return NoCredential()
+    if settings.auth == "passthrough":
+        return Passthrough()
+    if settings.api_key_file:
+        text, source = read_text(settings.api_key_file), settings.api_key_file
+        return APIKey(checked_secret(text, source), source)
+    key = environment.get("ANTHROPIC_API_KEY", "")
+    if not key.strip():
+        raise ConfigError(NO_CREDENTIAL)
+    return APIKey(checked_secret(key, "ANTHROPIC_API_KEY"), "ANTHROPIC_API_KEY")
+
+
+def client_keys_from(settings: Settings, environment: Dict[str, str]) -> ClientKeys:
+    """Return the keys that clients must show; ConfigError for an open host without one."""
+    if settings.client_key_file:
+        text = read_text(settings.client_key_file)
+        return ClientKeys(parsed_client_keys(text, settings.client_key_file))
+    key = environment.get("CLAUDE_SHIM_API_KEY", "")
+    if key.strip():
+        return ClientKeys({"env": checked_secret(key, "CLAUDE_SHIM_API_KEY")})
+    if not is_loopback(settings.host):
+        raise ConfigError(
+            f"--host {settings.host} lets other machines spend your quota: set CLAUDE_SHIM_API_KEY "
+            "or --client-key-file first"
+        )
+    return ClientKeys()
+
+
+def tls_context(settings: Settings) -> Optional[ssl.SSLContext]:
+    """Return the one TLS context for upstream; ConfigError when a file of it cannot be used."""
+    if not settings.base_url.startswith("https:"):
+        return None
+    context = ssl.create_default_context()
+    try:
+        if settings.ca_file:
+            context.load_verify_locations(os.path.expanduser(settings.ca_file))
+        if settings.client_cert:
+            context.load_cert_chain(os.path.expanduser(settings.client_cert), password=_no_password)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"--ca-file or --client-cert: {error}") from None
+    return context
+
+
+def _no_password() -> str:
+    raise ssl.SSLError("the key is encrypted")
+
+
+def upstream_from(settings: Settings) -> Upstream:
+    """Return the upstream; ConfigError when it would show the key on the network."""
+    if settings.upstream == "echo":
+        return EchoUpstream()
+    parts = urllib.parse.urlsplit(settings.base_url)
+    plain_text = parts.scheme == "http" and not is_loopback(parts.hostname or "")
+    if plain_text and not settings.allow_plain_http:
+        raise ConfigError(
+            "--base-url is http:// to another host, which shows the key; use https://"
+        )
+    limits = Limits(
+        settings.connect_timeout,
+        settings.first_byte_timeout,
+        settings.silence_timeout,
+        settings.total_timeout,
+    )
+    return HTTPUpstream(
+        settings.base_url,
+        limits=limits,
+        extra_headers=settings.upstream_header,
+        context=tls_context(settings),
+    )
+
+
+def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO) -> Server:
+    """Return the server, bound but not serving yet; ConfigError when a setting is wrong."""
+    keys = client_keys_from(settings, environment)
+    credential = credential_from(settings, environment)
+    lines = {line: getattr(settings, line) for line in LINES if getattr(settings, line)}
+    policy = Policy(
+        keys,
+        {**settings.alias, **lines},
+        settings.prompt_cache,
+        settings.strict,
+        RetryPolicy(settings.retries),
+        settings.upstream != "echo",
+    )
+    secrets = [*credential.secrets(), *keys.secrets(), *(v for _, v in settings.upstream_header)]
+    log = Log(None if settings.quiet else log_to, secrets)
+    app = App(upstream_from(settings), credential, policy, log)
+    limits = ServerLimits(max_body=settings.max_body)
+    try:
+        return Server(
+            app, settings.host, settings.port, limits=limits, allowed_hosts=settings.allow_host
+        )
+    except (OSError, OverflowError) as error:
+        raise ConfigError(_cannot_listen(settings, error)) from None
+
+
+def _cannot_listen(settings: Settings, error: Exception) -> str:
+    where = f"{settings.host}:{settings.port}"
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return f"{where} is taken by another program; choose another --port"
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return f"cannot listen on {where}: {reason}"
+
+
+def welcome(server: Server) -> str:
+    """Return what is printed at the start: who listens, who pays, and how clients find it."""
+    app = server.app
+    callers = "only with a client key" if app.policy.client_keys else "any program on this machine"
+    key = "your-client-key" if app.policy.client_keys else "anything"
+    return "\n".join(
+        [
+            f"claude_shim {__version__} listening on {server.url}",
+            f"  upstream    {app.upstream.url}",
+            f"  credential  {app.credential.describe()}",
+            f"  callers     {callers}",
+            f"  OpenAI      export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={key}",
+            f"  Anthropic   export ANTHROPIC_BASE_URL={server.url} ANTHROPIC_API_KEY={key}",
+        ]
+    )
+
+
+def shown_settings(settings: Settings) -> str:
+    """Return the settings, one a line, without the values of headers."""
+    shown = settings._asdict()
+    shown["upstream_header"] = tuple(name for name, _ in settings.upstream_header)
+    return "\n".join(f"{name.replace('_', '-')} = {value}" for name, value in shown.items())
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def serve(server: Server) -> None:
+    """Serve until SIGINT or SIGTERM, then stop."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        server.serve_forever(poll_interval=0.2)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.stop()
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command; the exit code is 0, or 2 after a wrong setting, told in a sentence."""
+    arguments = argument_parser().parse_args(argv)
+    environment = dict(os.environ)
+    try:
+        file = config_values(arguments.config, environment)
+        settings = settings_from(arguments, environment, file)
+        if arguments.check_config:
+            credential = credential_from(settings, environment)
+            client_keys_from(settings, environment)
+            upstream_from(settings).close()
+            print(f"{shown_settings(settings)}\ncredential = {credential.describe()}")
+            return 0
+        server = server_from(settings, environment, sys.stderr)
+    except ConfigError as error:
+        print(f"claude_shim: {error}", file=sys.stderr)
+        return 2
+    print(welcome(server), flush=True)
+    serve(server)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
