@@ -40,6 +40,7 @@ import configparser
 import contextlib
 import errno
 import fnmatch
+import functools
 import hashlib
 import hmac
 import http.server
@@ -346,7 +347,7 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 def dumps(value: Any) -> bytes:
     """Return `value` as compact ASCII JSON; ValueError for NaN or infinity."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+    return _ENCODER.encode(value).encode("ascii")
 
 
 def loads(body: bytes) -> Any:
@@ -356,7 +357,7 @@ def loads(body: bytes) -> Any:
         text = text[1:]
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
         raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
-    value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    value = _DECODER.decode(text)
     return _without_surrogates(value) if _SURROGATE_ESCAPE.search(text) else value
 
 
@@ -427,6 +428,10 @@ def _without_surrogates(value: Any) -> Any:
     if isinstance(value, dict):
         return {_without_surrogates(k): _without_surrogates(v) for k, v in value.items()}
     return value
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # made once: that is slow
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 
 
 def as_object(value: Any, path: str) -> JSON:
@@ -729,7 +734,10 @@ MAX_EVENT_BYTES = 16 << 20  # a web search result is the largest event known, so
 _MAX_CHUNK_LINE = 1024
 _MAX_TRAILER = 16 << 10
 
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
+
+
+_CHUNK_START = re.compile(rb"(?:[0-9A-Fa-f]{1,8}[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?")
 
 
 class ChunkedDecoder:
@@ -751,27 +759,27 @@ class ChunkedDecoder:
         pieces: List[bytes] = []
         while not self._in_trailer:
             if self._left == 0:
-                end = buffer.find(b"\r\n", position, position + _MAX_CHUNK_LINE)
-                if end < 0:
+                line = _CHUNK_SIZE.match(buffer, position)
+                if line is None:
+                    self._check_size_line(buffer[position : position + _MAX_CHUNK_LINE])
                     break
-                self._left = self._size(buffer[position:end]) + 2
-                position = end + 2
+                position, self._left = line.end(), int(line.group(1), 16) + 2
                 self._in_trailer = self._left == 2
                 continue
-            piece = buffer[position : position + self._left]
-            if len(piece) < self._left:
-                position += self._keep_partial(piece, pieces)
+            end = position + self._left
+            if end > len(buffer):
+                position += self._partial(buffer[position:], pieces)
                 break
-            if piece[-2:] != b"\r\n":
+            if buffer[end - 2 : end] != b"\r\n":
                 raise ProtocolError("a chunk of the body does not end in CRLF")
-            pieces.append(piece[:-2])
-            position += self._left
-            self._left = 0
+            pieces.append(buffer[position : end - 2])
+            position, self._left = end, 0
         self._pending = buffer[position:]
-        self._after_chunks()
+        if self._in_trailer:
+            self._after_chunks()
         return b"".join(pieces)
 
-    def _keep_partial(self, piece: bytes, pieces: List[bytes]) -> int:
+    def _partial(self, piece: bytes, pieces: List[bytes]) -> int:
         """Hand out the data of an unfinished chunk, but not its CRLF: how many bytes were taken."""
         taken = max(0, min(len(piece), self._left - 2))
         pieces.append(piece[:taken])
@@ -779,17 +787,12 @@ class ChunkedDecoder:
         return taken
 
     @staticmethod
-    def _size(line: bytes) -> int:
-        match = _CHUNK_SIZE.match(line)
-        if not match:
+    def _check_size_line(line: bytes) -> None:
+        """A line that does not match is unfinished or wrong."""
+        if b"\n" in line or len(line) >= _MAX_CHUNK_LINE or not _CHUNK_START.fullmatch(line):
             raise ProtocolError("a chunk of the body has no valid size")
-        return int(match.group(1), 16)
 
     def _after_chunks(self) -> None:
-        if not self._in_trailer:
-            if self._left == 0 and len(self._pending) >= _MAX_CHUNK_LINE:
-                raise ProtocolError("a chunk size line of the body is too long")
-            return
         empty = self._pending.startswith(b"\r\n")
         end = 2 if empty else self._pending.find(b"\r\n\r\n") + 4
         if empty or end >= 4:
@@ -1264,7 +1267,7 @@ class Adapted(NamedTuple):
 
 
 def adapted(request: JSON, model: Model) -> Adapted:
-    """Return `request` as `model` takes it: each rule below drops or replaces what is a 400 there."""
+    """Return `request` as `model` takes it: each rule drops or replaces what is a 400 there."""
     changed: List[str] = []
     for rule in MODEL_RULES:
         request = rule(request, model, changed)
@@ -1798,7 +1801,7 @@ class EventTransform:
 
 
 def parsed_event(block: bytes) -> Optional[JSON]:
-    """Return the event of one block of lines; None for a comment; UpstreamCutError when it is no JSON."""
+    """Return the event of one block of lines; None for a comment; UpstreamCutError if no JSON."""
     data = event_data(block)
     if not data.strip():
         return None
@@ -2807,7 +2810,7 @@ class ChatStreamEncoder(EventSink):
     def feed_text(self, run: bytes) -> bytes:
         """Return the chunks of a run of raw text deltas: JSON text is spliced as it stands."""
         before, after = self._around_text
-        return TEXT_DELTA.sub(lambda match: before + match.group(1) + after, run)
+        return before + (after + before).join(TEXT_DELTA.findall(run)) + after
 
     def fail(self, error: ShimError) -> bytes:
         """Return the error as a line of data; nothing follows it, no [DONE] either."""
@@ -3120,7 +3123,8 @@ class ClientKeys:
         found = [
             name
             for name, key in self._keys.items()
-            if any([hmac.compare_digest(key, candidate) for candidate in shown])
+            for candidate in shown
+            if hmac.compare_digest(key, candidate)
         ]
         if found:
             return found[0]
@@ -3241,6 +3245,7 @@ class Source:
     """Body bytes that are still coming: `read` until b"", then or before that `close`."""
 
     sock: Optional[socket.socket] = None  # to wait on; None when `read` never waits
+    silence_seconds = 300.0  # after which the rest is not waited for
 
     def ready(self) -> bool:
         """Return whether `read` has bytes at hand."""
@@ -3350,6 +3355,7 @@ class UpstreamConnection(Source):
         self.sock: socket.socket = sock
         self.used = False  # has carried an answer before
         self.idle_since = 0.0
+        self.silence_seconds = limits.silence
         self._limits = limits
         self._release = release
         self._buffer = b""
@@ -3657,7 +3663,7 @@ class HTTPUpstream(Upstream):
 
 
 def proxies_for(url: str) -> Dict[str, str]:
-    """Return the proxies of the environment that apply to `url`, by scheme; ConfigError for SOCKS."""
+    """Return the proxies of the environment for `url`, by scheme; ConfigError for SOCKS."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     proxies = urllib.request.getproxies()
@@ -3692,23 +3698,23 @@ class RetryPolicy(NamedTuple):
 _TRANSIENT = frozenset({408, 409, 500, 502, 503, 504, 529})
 
 
-def retry_delay(response: UpstreamResponse, attempt: int) -> Optional[float]:
+def retry_delay(status: int, headers: HeaderList, attempt: int) -> Optional[float]:
     """Return the seconds to wait before the next try; None if upstream would not have one.
 
     429 without retry-after is a spending limit, where trying again is in vain.
     """
-    told = response.header("x-should-retry")
-    wait = _retry_after(response)
-    transient = response.status in _TRANSIENT or (response.status == 429 and wait is not None)
+    fields = dict(headers)
+    told, wait = fields.get("x-should-retry"), _retry_after(fields)
+    transient = status in _TRANSIENT or (status == 429 and wait is not None)
     if told == "false" or not (transient or told == "true"):
         return None
     return wait if wait is not None else min(0.5 * 2**attempt, 8.0)
 
 
-def _retry_after(response: UpstreamResponse) -> Optional[float]:
+def _retry_after(fields: Dict[str, str]) -> Optional[float]:
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         with contextlib.suppress(ValueError):
-            seconds = float(response.header(name)) / unit
+            seconds = float(fields.get(name, "")) / unit
             if 0 <= seconds < math.inf:
                 return seconds
     return None
@@ -3723,25 +3729,38 @@ def send_with_retries(
     """
     waited = 0.0
     for attempt in itertools.count():
-        response, failure = None, None
-        try:
-            response = upstream.send(request)
-        except UpstreamUnreachableError as error:
-            failure = error
-        delay = min(0.5 * 2**attempt, 8.0) if response is None else retry_delay(response, attempt)
-        if delay is None or waited + delay > policy.patience or attempt >= policy.retries:
-            spent = [("x-should-retry", "false")] if attempt > 0 and delay is not None else []
-            if response is None:
-                assert failure is not None
-                failure.headers.extend(spent)
-                raise failure
-            others = [h for h in response.headers if not spent or h[0] != "x-should-retry"]
-            return response._replace(headers=[*others, *spent])
-        if response is not None:
-            response.source.close()
+        answer = _tried(upstream, request)
+        delay = retry_delay(answer.status, answer.headers, attempt)
+        if delay is None or attempt >= policy.retries or waited + delay > policy.patience:
+            return _final(answer, tries_spent=attempt > 0 and delay is not None)
+        if isinstance(answer, UpstreamResponse):
+            answer.source.close()
         request.watch.wait(None, delay)
         waited += delay
     raise AssertionError
+
+
+def _tried(
+    upstream: Upstream, request: UpstreamRequest
+) -> Union[UpstreamResponse, UpstreamUnreachableError]:
+    try:
+        return upstream.send(request)
+    except UpstreamUnreachableError as error:
+        return error
+
+
+def _final(
+    answer: Union[UpstreamResponse, UpstreamUnreachableError], tries_spent: bool
+) -> UpstreamResponse:
+    if tries_spent:
+        kept = [(name, value) for name, value in answer.headers if name != "x-should-retry"]
+        headers = [*kept, ("x-should-retry", "false")]
+        if isinstance(answer, UpstreamResponse):
+            return answer._replace(headers=headers)
+        answer.headers = headers
+    if isinstance(answer, UpstreamResponse):
+        return answer
+    raise answer
 
 
 # ----------------------------------------------------------------------
@@ -4075,6 +4094,7 @@ class ResumingSource(Source):
         self._events = EventDecoder()
         self._resumptions = 0
         self.sock = source.sock
+        self.silence_seconds = source.silence_seconds
 
     def ready(self) -> bool:
         return self._source.ready()
@@ -4266,9 +4286,14 @@ _TWICE = re.compile(
 )
 
 
-def normalised_path(path: str) -> str:
-    """Return the path of an endpoint as ROUTES has it, from the many ways that base URLs are set."""
-    path = re.sub(r"/{2,}", "/", path.partition("?")[0]).rstrip("/") or "/"
+def normalised_path(target: str) -> str:
+    """Return the path as ROUTES has it, from the many ways that base URLs are set."""
+    return _normalised(target.partition("?")[0])
+
+
+@functools.lru_cache(maxsize=64)
+def _normalised(path: str) -> str:
+    path = re.sub(r"/{2,}", "/", path).rstrip("/") or "/"
     while _PREFIXES.search(path):
         path = _PREFIXES.sub("", path) or "/"
     path = re.sub(r"^(?:/v1)+(?=/|$)", "/v1", path)
@@ -4277,6 +4302,7 @@ def normalised_path(path: str) -> str:
     return _TWICE.sub(r"/v1/\1", path)
 
 
+@functools.lru_cache(maxsize=64)
 def route_of(path: str) -> Optional[Route]:
     """Return the route of a normalised path."""
     return next((route for route in ROUTES if re.fullmatch(route.pattern, path)), None)
@@ -4299,7 +4325,7 @@ _RATE_LIMITS = re.compile(r"anthropic-ratelimit-(requests|tokens)-(limit|remaini
 
 def openai_headers(headers: HeaderList, now: float) -> HeaderList:
     """Return the header fields of upstream's answer that an OpenAI client understands."""
-    kept = [(k, v) for k, v in headers if re.fullmatch(r"retry-after(?:-ms)?|x-should-retry", k)]
+    kept = [(k, v) for k, v in headers if k in ("retry-after", "retry-after-ms", "x-should-retry")]
     for name, value in headers:
         limit = _RATE_LIMITS.fullmatch(name)
         if limit:
@@ -4352,6 +4378,8 @@ class App:
         """Return the name of the client key a request shows; a ShimError if it goes no further."""
         path = normalised_path(target)
         route = route_of(path)
+        if method == "OPTIONS":
+            return ""  # tells the methods, and shares nothing across origins
         deep = "deep=1" in target.partition("?")[2]
         name = "" if route and route.open and not deep else self.policy.client_keys.name_of(headers)
         if route is None:
@@ -4371,6 +4399,9 @@ class App:
         try:
             path = normalised_path(request.path)
             route = route_of(path)
+            if request.method == "OPTIONS":
+                methods = (*route.methods, "OPTIONS") if route else ("OPTIONS",)
+                return Response(204, [("allow", ", ".join(methods))])
             if route is None:
                 raise NotFoundError(f"{plain(path)} is not supported by claude_shim")
             endpoint: Callable[[Request], Response] = getattr(self, route.endpoint)
@@ -4471,8 +4502,7 @@ class App:
         """Ask upstream once per choice; the answers are written while earlier ones are read."""
         asked: List[Asked] = []
         try:
-            for draft in drafts:
-                asked.append(self._ask(request, draft))
+            asked.extend(self._ask(request, draft) for draft in drafts)
         except BaseException:
             for begun in asked:
                 begun.source.drop()
@@ -4628,7 +4658,7 @@ class App:
         return json_response(200, entry)
 
     def health(self, request: Request) -> Response:
-        """GET / and /health; with ?deep=1 also whether the credential is taken, asked once a minute."""
+        """GET / and /health; with ?deep=1 also whether upstream takes the credential."""
         status: JSON = {"status": "ok", "service": "claude_shim", "version": __version__}
         if "deep=1" not in request.path.partition("?")[2]:
             return json_response(200, status)
@@ -4852,6 +4882,7 @@ def host_name(authority: str) -> str:
     return match.group(1).strip("[]").lower() if match else ""
 
 
+@functools.lru_cache(maxsize=2)
 def _http_date(second: int) -> str:
     days = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
     months = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
@@ -4871,8 +4902,10 @@ def response_head(status: int, headers: HeaderList, second: int) -> bytes:
         ("cache-control", "no-store"),
         *headers,
     ]
-    lines = [f"{name}: {re.sub(_UNSAFE_VALUE, ' ', value)}\r\n" for name, value in fields]
-    return f"HTTP/1.1 {status} {phrase}\r\n{''.join(lines)}\r\n".encode("latin-1", "replace")
+    if _UNSAFE_VALUE.search("".join([value for _, value in fields])):
+        fields = [(name, _UNSAFE_VALUE.sub(" ", value)) for name, value in fields]
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+    return f"HTTP/1.1 {status} {phrase}\r\n{lines}\r\n".encode("latin-1", "replace")
 
 
 _STATUSES = frozenset(int(status) for status in http.HTTPStatus)
@@ -4889,6 +4922,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._buffer = b""
         self._open = True
+        self._record = Record("-", "-", 0, 0.0, "-")
 
     def handle(self) -> None:
         """Serve requests until one side has had enough."""
@@ -4906,36 +4940,33 @@ class ClientConnection(socketserver.BaseRequestHandler):
             self._open = False
             return
         self._open = head.keeps_alive()
-        started, status, outcome = time.monotonic(), 0, "ok"
-        response, key_name = None, ""
-        request_id = self._request_id(head)
+        path, request_id = head.target.partition("?")[0], self._request_id(head)
+        self._record = Record(head.method, path, 0, 0.0, request_id, outcome="client gone")
+        started = time.monotonic()
+        try:
+            self._exchange(head, request_id)
+        finally:
+            seconds = time.monotonic() - started
+            self.server.log_request(self._record._replace(seconds=seconds))
+
+    def _exchange(self, head: Head, request_id: str) -> None:
+        """Answer the request whose head was read; `_record` says how it went."""
         try:
             check_origin(head, self.server.allowed_hosts)
             framing = request_framing(head, self.server.limits.max_body)
-            key_name = self._admitted(head)
+            key_name = self.server.app.admit(head.method, head.target, head.headers())
             body = self._read_body(head, framing)
         except ShimError as error:
             status = self._refuse(error, head, request_id)
-            outcome = type(error).__name__
-        else:
-            watch = ClientWatch(self.request)
-            request = Request(head.method, head.target, head.headers(), body, request_id, watch)
-            response = self._answer(request)
-            status = response.status
-            outcome = self._send(head, response, request)
-        finally:
-            seconds = time.monotonic() - started
-            model = response.model if response else ""
-            path = head.target.partition("?")[0]
-            record = Record(
-                head.method, path, status, seconds, request_id, model, key_name, outcome
-            )
-            self.server.log_request(record)
-
-    def _admitted(self, head: Head) -> str:
-        if head.method == "OPTIONS":
-            raise MethodNotAllowedError("nothing is shared across origins here")
-        return self.server.app.admit(head.method, head.target, head.headers())
+            self._record = self._record._replace(status=status, outcome=type(error).__name__)
+            return
+        watch = ClientWatch(self.request)
+        request = Request(head.method, head.target, head.headers(), body, request_id, watch)
+        response = self._answer(request)
+        self._record = self._record._replace(
+            status=response.status, model=response.model, key_name=key_name
+        )
+        self._record = self._record._replace(outcome=self._send(head, response, request))
 
     def _answer(self, request: Request) -> Response:
         try:
@@ -4971,9 +5002,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
     def _read_head(self) -> Optional[Head]:
         """The next head; None when the client closed, or was idle for too long."""
         limits = self.server.limits
-        if not self._buffer:
-            if not self.server.wait_idle(self.request) or not self._fill(time.monotonic() + 1):
-                return None
+        if not self._buffer and not self.server.wait_idle(self.request):
+            return None
         deadline = time.monotonic() + limits.head_seconds
         while True:
             if self._buffer.startswith(b"\r\n"):
@@ -4990,7 +5020,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def _check_head_size(self, head: bytes) -> None:
         limits = self.server.limits
-        line, separator, rest = head.partition(b"\r\n")
+        line, _, rest = head.partition(b"\r\n")
         if len(line) > limits.max_line:
             raise TargetTooLongError(f"the request line is over {limits.max_line} bytes")
         too_many = rest.count(b"\r\n") >= limits.max_fields
@@ -5081,7 +5111,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def _send_whole(self, head: Head, response: Response, request: Request) -> None:
         body = response.body if isinstance(response.body, bytes) else b""
-        headers = [*response.headers, ("content-length", str(len(body))), *self._ending(head)]
+        length = [("content-length", str(len(body)))] if response.status != 204 else []
+        headers = [*response.headers, *length, *self._ending(head)]
         if all(name != "x-request-id" for name, _ in headers) and request.request_id:
             headers.append(("x-request-id", request.request_id))
         top = response_head(response.status, headers, int(time.time()))
@@ -5143,30 +5174,32 @@ def pumped(stream: Stream, watch: ClientWatch, heartbeat_seconds: float) -> Iter
     A heartbeat fills each silence. ClientGone as soon as the client left.
     """
     source, transform = stream
-    silent_since = time.monotonic()
-    while not transform.complete:
+    heard = time.monotonic()
+    burst: Optional[bytes] = None
+    while not transform.complete and burst != b"":
         try:
-            if source.sock is not None and not source.ready():
-                if not watch.wait(source.sock, min(heartbeat_seconds, MAX_SILENCE)):
-                    if time.monotonic() - silent_since > MAX_SILENCE:
-                        raise UpstreamTimeoutError(
-                            "upstream fell silent in the middle of the answer"
-                        )
-                    yield transform.heartbeat
-                    continue
-            silent_since = time.monotonic()
-            burst = source.read()
-            made = transform.feed(burst) if burst else transform.end()
+            burst = _awaited(source, watch, min(heartbeat_seconds, source.silence_seconds))
+            if burst is None:
+                made = transform.heartbeat
+                _check_silence(time.monotonic() - heard, source.silence_seconds)
+            else:
+                heard = time.monotonic()
+                made = transform.feed(burst) if burst else transform.end()
         except ShimError as error:
-            yield transform.end(error)
-            return
+            made, burst = transform.end(error), b""
         if made:
             yield made
-        if not burst:
-            return
 
 
-MAX_SILENCE = 300.0
+def _awaited(source: Source, watch: ClientWatch, seconds: float) -> Optional[bytes]:
+    """The next burst; None when there is none within `seconds`."""
+    waits = source.sock is not None and not source.ready()
+    return None if waits and not watch.wait(source.sock, seconds) else source.read()
+
+
+def _check_silence(silent: float, limit: float) -> None:
+    if silent >= limit:
+        raise UpstreamTimeoutError("upstream fell silent in the middle of the answer")
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -5229,7 +5262,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self._connections.pop(request, None)
 
     def wait_idle(self, sock: socket.socket) -> bool:
-        """Return whether the next request of an idle connection begins, before time or server end."""
+        """Return whether another request comes before the idle time or the server ends."""
         ready = readable([sock, self._wakened], self.limits.idle_seconds)
         return sock in ready
 
