@@ -4242,38 +4242,41 @@ class Asked(NamedTuple):
 
 
 class Route(NamedTuple):
-    """One endpoint; `pattern` is matched against the whole normalised path."""
+    """One endpoint. In `path`, {id} stands for some characters, [/...] for nothing or a subpath."""
 
     methods: Tuple[str, ...]
-    pattern: str
+    path: str
     endpoint: str  # the method of App
     summary: str
     open: bool = False  # without a client key
 
+    def serves(self, path: str) -> bool:
+        """Return whether this is the route of a normalised path."""
+        pattern = re.escape(self.path).replace(r"\{id\}", ".+").replace(r"\[/\.\.\.\]", "(?:/.*)?")
+        return bool(re.fullmatch(pattern, path))
+
+
+_READ = ("GET", "HEAD")
+_STORE = ("GET", "POST", "DELETE")
 
 ROUTES: Tuple[Route, ...] = (
     Route(("POST",), "/v1/chat/completions", "chat_completions", "OpenAI chat, streamed or not"),
     Route(("POST",), "/v1/completions", "completions", "OpenAI's legacy completions"),
     Route(("POST",), "/v1/messages", "messages", "Anthropic messages, relayed byte for byte"),
-    Route(
-        ("POST",), "/v1/messages/count_tokens", "count_tokens", "relayed; an estimate if refused"
-    ),
-    Route(("GET", "HEAD"), "/v1/(?:chat/)?models", "models", "models with limits and capabilities"),
-    Route(("GET", "HEAD"), "/v1/models/(?P<id>.+)", "model", "one model"),
-    Route(
-        ("GET", "POST", "DELETE"),
-        "/v1/(?:messages/batches|skills)(?:/.*)?",
-        "relay",
-        "Anthropic's batches and skills, relayed",
-    ),
-    Route(
-        ("GET", "POST", "DELETE"),
-        "/v1/files(?:/.*)?",
-        "files",
-        "Anthropic's files, relayed for clients that send `anthropic-version`",
-    ),
-    Route(("GET", "HEAD"), "/(?:v1|health|healthz|ping|version)?", "health", "is it up", True),
-    Route(("GET",), "/v1/responses", "responses", "426: no WebSocket"),
+    Route(("POST",), "/v1/messages/count_tokens", "count_tokens", "relayed; an estimate if refused"),
+    Route(_STORE, "/v1/messages/batches[/...]", "relay", "Anthropic's batches, relayed"),
+    Route(_STORE, "/v1/skills[/...]", "relay", "Anthropic's skills, relayed"),
+    Route(_STORE, "/v1/files[/...]", "files", "Anthropic's files, with `anthropic-version` only"),
+    Route(_READ, "/v1/models", "models", "models with limits and capabilities, for both SDKs"),
+    Route(_READ, "/v1/chat/models", "models", "the same"),
+    Route(_READ, "/v1/models/{id}", "model", "one model, by id or alias"),
+    Route(("GET",), "/v1/responses", "responses", "426 for a WebSocket; the rest is not there yet"),
+    Route(_READ, "/", "health", "is it up", True),
+    Route(_READ, "/v1", "health", "is it up", True),
+    Route(_READ, "/health", "health", "is it up; `?deep=1`: is the credential taken", True),
+    Route(_READ, "/healthz", "health", "is it up", True),
+    Route(_READ, "/ping", "health", "is it up", True),
+    Route(_READ, "/version", "health", "is it up", True),
 )
 
 _PREFIXES = re.compile(
@@ -4305,7 +4308,7 @@ def _normalised(path: str) -> str:
 @functools.lru_cache(maxsize=64)
 def route_of(path: str) -> Optional[Route]:
     """Return the route of a normalised path."""
-    return next((route for route in ROUTES if re.fullmatch(route.pattern, path)), None)
+    return next((route for route in ROUTES if route.serves(path)), None)
 
 
 def speaks_anthropic(path: str, headers: Dict[str, str]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import anthropic
 import httpx2
 from anthropic import Anthropic, AsyncAnthropic, beta_tool
-from harness import OUTPUT_TOKENS, SHIM, UPSTREAM_KEY, check, run, same, shim, upstream
+from harness import OUTPUT_TOKENS, SHIM, TIMEOUT, UPSTREAM_KEY, check, run, same, shim, upstream
 from samples import PNG_BASE64
 
 JSON = dict[str, Any]
@@ -21,7 +21,8 @@ received: list[httpx2.Response] = []
 def client_of(url: str, **options: Any) -> Anthropic:
     hooks = {"request": [sent.append], "response": [received.append]}
     http = anthropic.DefaultHttpxClient(event_hooks=hooks)
-    return Anthropic(base_url=url, api_key="anything", http_client=http, **options)
+    key = "anything"
+    return Anthropic(base_url=url, api_key=key, http_client=http, timeout=TIMEOUT, **options)
 
 
 client = client_of(SHIM)
@@ -31,12 +32,12 @@ def user(content: Any) -> JSON:
     return {"role": "user", "content": content}
 
 
-def ask(text: str, model: str = MODEL, **fields: Any) -> Any:
-    return client.messages.create(model=model, max_tokens=2000, messages=[user(text)], **fields)
+def ask(text: str, **fields: Any) -> Any:
+    return client.messages.create(model=MODEL, max_tokens=2000, messages=[user(text)], **fields)
 
 
 def untouched() -> None:
-    """The last request reached upstream byte for byte, with our credential in place of the client's."""
+    """The last request reached upstream byte for byte, only the credential is another."""
     last = upstream.received()[-1]
     request = sent[-1]
     same(last.raw, request.content, "the body")
@@ -57,7 +58,7 @@ TIME = {**WEATHER, "name": "get_time"}
 @check("text, and the request as it came")
 def text() -> None:
     answer = ask("hello", system="be kind \u2028\u00e9\U0001f600")
-    same((answer.content[0].text, answer.stop_reason, answer.model), ("echo: hello", "end_turn", MODEL))
+    same((answer.content[0].text, answer.stop_reason), ("echo: hello", "end_turn"))
     usage = answer.usage
     same((usage.input_tokens, usage.cache_creation_input_tokens, usage.cache_read_input_tokens,
           usage.output_tokens), (12, 1500, 8000, OUTPUT_TOKENS))  # fmt: skip
@@ -69,7 +70,9 @@ def text() -> None:
 
 @check("odd bytes in the body stay as they are")
 def bytes_kept() -> None:
-    body = b'{ "messages":[{"content" : "hi\\u00e9 \xc3\xa9\\/", "role":"user"}],\n "max_tokens":1e2,'
+    body = (
+        b'{ "messages":[{"content" : "hi\\u00e9 \xc3\xa9\\/", "role":"user"}],\n "max_tokens":1e2,'
+    )
     for model, sent_model in ((MODEL, MODEL), ("opus", MODEL)):
         tail = b' "model" :"%s","stop_sequences":[ ] }'
         raw = body.replace(b"1e2", b"100") + tail

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import openai
-from harness import OUTPUT_TOKENS, PROMPT_TOKENS, SHIM, check, run, same, upstream
+from harness import OUTPUT_TOKENS, PROMPT_TOKENS, SHIM, TIMEOUT, check, run, same, upstream
 from langchain_anthropic import ChatAnthropic
 from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
@@ -38,12 +38,13 @@ class Person(BaseModel):
 
 def by_openai(model: str = "sonnet", **options: Any) -> ChatOpenAI:
     return ChatOpenAI(
-        model=model, base_url=SHIM + "/v1", api_key=SecretStr("x"), max_retries=0, **options
-    )
+        model=model, base_url=SHIM + "/v1", api_key=SecretStr("x"), max_retries=0, timeout=TIMEOUT,
+        **options,
+    )  # fmt: skip
 
 
 def by_anthropic(model: str = "claude-opus-5-5", **options: Any) -> ChatAnthropic:
-    options = {"max_tokens": 4000, "max_retries": 0, **options}
+    options = {"max_tokens": 4000, "max_retries": 0, "timeout": TIMEOUT, **options}
     return ChatAnthropic(model=model, base_url=SHIM, api_key=SecretStr("x"), **options)
 
 
@@ -102,8 +103,8 @@ def structured() -> None:
         model = by_openai("opus").with_structured_output(Person, method=method)
         person = model.invoke(mark + " somebody")
         assert isinstance(person, Person) and person.age == 3, (method, person)
-        person = by_openai("claude-opus-4-6").with_structured_output(Person, method=method).invoke("x")
-        same(person.age, 3, method)
+        older = by_openai("claude-opus-4-6").with_structured_output(Person, method=method)
+        same(older.invoke("x").age, 3, method)
     loose = by_openai(temperature=0.2).with_structured_output(None, method="json_mode")
     same(loose.invoke("[[fenced]] as JSON"), {"answer": 42})
     native = by_anthropic().with_structured_output(Person, method="json_schema")

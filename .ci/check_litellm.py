@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import litellm
-from harness import OUTPUT_TOKENS, PROMPT_TOKENS, SHIM, check, run, same, upstream
+from harness import OUTPUT_TOKENS, PROMPT_TOKENS, SHIM, TIMEOUT, check, run, same, upstream
 from pydantic import BaseModel, Field
 from samples import PNG_BASE64
 
@@ -37,7 +37,7 @@ class Person(BaseModel):
 
 def ask(route: dict[str, str], content: Any, **fields: Any) -> Any:
     messages = content if isinstance(content, list) else [{"role": "user", "content": content}]
-    options = {"api_key": "x", "num_retries": 0, "max_retries": 0, **fields}
+    options = {"api_key": "x", "num_retries": 0, "max_retries": 0, "timeout": TIMEOUT, **fields}
     return litellm.completion(messages=messages, **route, **options)
 
 

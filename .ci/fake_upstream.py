@@ -104,7 +104,10 @@ def renamed(body: JSON) -> JSON:
     if "output_format" not in body:
         return body
     kept = {k: v for k, v in body.items() if k != "output_format"}
-    return {**kept, "output_config": {**body.get("output_config", {}), "format": body["output_format"]}}
+    return {
+        **kept,
+        "output_config": {**body.get("output_config", {}), "format": body["output_format"]},
+    }
 
 
 def refuse_constant(name: str) -> None:

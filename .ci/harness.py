@@ -16,6 +16,7 @@ import json
 import os
 import pprint
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,8 @@ UPSTREAM_KEY = "sk-ant-api03-test"
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
 SETTLE_SECONDS = 5.0
 START_SECONDS = 15.0
+CHECK_SECONDS = 60
+TIMEOUT = 20.0  # of the clients: a shim that hangs is to fail soon
 PROMPT_TOKENS = 12 + 1500 + 8000  # input + written to the cache + read from it, see scenarios.INPUT
 OUTPUT_TOKENS, THINKING_TOKENS = 90, 40
 
@@ -209,11 +212,13 @@ def run(name: str, invariant: Callable[[Received], None] | None = None) -> int:
     """Runs the registered checks, one line each; the exit code."""
     words = sys.argv[1:]
     failed = 0
+    signal.signal(signal.SIGALRM, too_slow)
     for title, function, refused in _checks:
         if words and not any(word in title for word in words):
             continue
         upstream.reset()
         begun = time.monotonic()
+        signal.alarm(CHECK_SECONDS)
         try:
             outcome = function()
             if inspect.isawaitable(outcome):
@@ -225,7 +230,12 @@ def run(name: str, invariant: Callable[[Received], None] | None = None) -> int:
         else:
             spent = time.monotonic() - begun
             print(f"ok   {name}: {title}" + (f" ({spent:.1f} s)" if spent > 1 else ""), flush=True)
+    signal.alarm(0)
     return 1 if failed else 0
+
+
+def too_slow(*_: Any) -> None:
+    raise TimeoutError(f"not done after {CHECK_SECONDS} s")
 
 
 def verify(refused: int, invariant: Callable[[Received], None] | None) -> None:

@@ -103,11 +103,14 @@ MODELS = {
             **OLDEST,
             lifecycle="deprecated",
         ),
-        # Stands for a model that is newer than any table: callable, in no list, the strictest.
-        Model("claude-opus-6", ("adaptive",), forced=False, **NEW, listed=False),
+        # Callable and in no list: one newer than any table, one that is stricter than its line.
+        Model("claude-opus-9", ("adaptive",), forced=False, **NEW, listed=False),
+        Model(
+            "claude-haiku-4-5-20991231", ("adaptive",), (), forced=False, small=True, listed=False
+        ),
     )
 }
-ALIASES = {m.id[:-9]: m.id for m in MODELS.values() if re.search(r"-\d{8}$", m.id)}
+ALIASES = {m.id[:-9]: m.id for m in MODELS.values() if m.listed and re.search(r"-\d{8}$", m.id)}
 OFF_ONLY_TO_HIGH = {"claude-opus-5", "claude-haiku-5-5", "claude-sonnet-5-5"}
 
 BETA_FIELDS = {

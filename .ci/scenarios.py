@@ -29,7 +29,7 @@ from typing import Any
 from messages_rules import JSON, Call, Ledger, merged, resolve
 
 MARK = re.compile(r"\[\[([a-z_-]+)([^\]]*)\]\]")
-THINKS_BY_DEFAULT = re.compile(r"claude-(fable|mythos|opus|sonnet|haiku)-(5|6)")
+THINKS_BY_DEFAULT = re.compile(r"claude-(fable|mythos|opus|sonnet|haiku)-(5|9)")
 INPUT = {"input_tokens": 12, "cache_creation_input_tokens": 1500, "cache_read_input_tokens": 8000}
 OUTPUT_TOKENS, THINKING_TOKENS, SEARCH_INPUT_TOKENS = 90, 40, 10_682
 

@@ -26,11 +26,11 @@ def text(value: str, **more: Any) -> JSON:
     return {"type": "text", "text": value, **more}
 
 
-def use(name: str = "f", id: str = "toolu_1") -> JSON:  # noqa: A002
+def use(name: str = "f", id: str = "toolu_1") -> JSON:
     return {"type": "tool_use", "id": id, "name": name, "input": {}}
 
 
-def result(id: str = "toolu_1", **more: Any) -> JSON:  # noqa: A002
+def result(id: str = "toolu_1", **more: Any) -> JSON:
     return {"type": "tool_result", "tool_use_id": id, "content": "18C", **more}
 
 
