@@ -83,12 +83,44 @@ from typing import (
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "APIKey",
+    "App",
+    "ChatReply",
+    "ChatStreamEncoder",
+    "ChunkedDecoder",
+    "ClientKeys",
+    "CompletionStreamEncoder",
+    "ConfigError",
+    "Credential",
+    "EchoUpstream",
+    "EventDecoder",
+    "EventTransform",
+    "HTTPUpstream",
+    "Limits",
+    "Log",
+    "MessageAssembler",
+    "Passthrough",
+    "Policy",
+    "Request",
+    "Response",
+    "Server",
+    "ServerLimits",
+    "ShimError",
+    "Upstream",
+    "adapted",
+    "chat_from_messages",
+    "completion_from_messages",
+    "main",
+    "messages_request_from_chat",
+]
+
 JSON = Dict[str, Any]  # an object on the wire: checked once at the edge, unknown fields survive
 HeaderList = List[Tuple[str, str]]
 
 
 # ----------------------------------------------------------------------
-# 1. Errors                                                     uses: 0
+# 1. Errors                                                      uses: 0
 # ----------------------------------------------------------------------
 # Every failure that a client may see is a ShimError: a sentence its user can act on, with an HTTP
 # status. Both dialects' bodies are made here, so no other section knows how an error looks.
@@ -331,7 +363,7 @@ def error_from_event(event: JSON) -> UpstreamError:
 
 
 # ----------------------------------------------------------------------
-# 2. JSON                                                     uses: 0 1
+# 2. JSON                                                      uses: 0 1
 # ----------------------------------------------------------------------
 # Strict in, compact ASCII out (line splitters of some clients stumble over U+2028), and checked
 # access to foreign bodies: a wrong type is a 400 that names the path, never a KeyError.
@@ -485,7 +517,7 @@ def _mistyped(value: Any, path: str, expected: str) -> RequestError:
 
 
 # ----------------------------------------------------------------------
-# 3. Models                                                 uses: 0 1 2
+# 3. Models                                                    uses: 0 1
 # ----------------------------------------------------------------------
 # What each model takes. GET /v1/models of upstream has the last word (ids, limits, thinking types,
 # effort levels); what it does not tell, and an offline start, comes from this table.
@@ -725,7 +757,7 @@ def model_list(entries: Sequence[JSON]) -> JSON:
 
 
 # ----------------------------------------------------------------------
-# 4. Byte streams: chunked coding, server-sent events         uses: 0 1
+# 4. Byte streams: chunked coding, server-sent events          uses: 0 1
 # ----------------------------------------------------------------------
 # Decoders are fed bytes as they come, cut anywhere, and hand out what is whole. They work on bytes:
 # a character cut in two is whole again before anything is decoded.
@@ -876,7 +908,7 @@ COMMENT = b": keep-alive\n\n"  # safe for every client tested, as an event witho
 
 
 # ----------------------------------------------------------------------
-# 5. Messages, the hub                                 uses: 0 1 2 3 4
+# 5. Messages, the hub                                   uses: 0 1 2 3 4
 # ----------------------------------------------------------------------
 # What every dialect shares: content blocks, tools, schemas, the order of a conversation, the rules
 # of a model, caching, and the way back from events to a message. Conversions return new objects
@@ -1866,7 +1898,7 @@ def _summed_usage(one: JSON, other: JSON) -> JSON:
 
 
 # ----------------------------------------------------------------------
-# 6. Chat Completions <-> Messages                     uses: 0 1 2 4 5
+# 6. Chat Completions <-> Messages                       uses: 0 1 2 4 5
 # ----------------------------------------------------------------------
 # Three tables say what becomes of each request field; a test holds them against OpenAI's SDK and
 # the README. Real clients send three tool dialects in one body (OpenAI's nested, the flat one of
@@ -3017,7 +3049,7 @@ class CompletionStreamEncoder(ChatStreamEncoder):
 
 
 # ----------------------------------------------------------------------
-# 8. Credentials                                              uses: 0 1
+# 8. Credentials                                               uses: 0 1
 # ----------------------------------------------------------------------
 # Who pays. A credential gives the headers of one upstream request; secrets are never in a repr.
 
@@ -3166,7 +3198,7 @@ def parsed_client_keys(text: str, source: str) -> Dict[str, str]:
 
 
 # ----------------------------------------------------------------------
-# 9. Upstream over HTTP                                   uses: 0 1 2 4
+# 9. Upstream over HTTP                                      uses: 0 1 4
 # ----------------------------------------------------------------------
 # An urllib opener whose handlers are ours: kept-alive connections, heads written and parsed here
 # (the email parser costs more than the rest), no redirects, limits on every wait. A wait also ends
@@ -3764,7 +3796,7 @@ def _final(
 
 
 # ----------------------------------------------------------------------
-# 10. Upstream echo                                      uses: 0 2 4 9
+# 10. Upstream echo                                        uses: 0 2 4 9
 # ----------------------------------------------------------------------
 # A Messages upstream inside the file, for wiring up a client without a credential. It answers the
 # same bytes to the same question, by the same events as the real one, and never leaves the process.
@@ -3923,7 +3955,7 @@ class EchoUpstream(Upstream):
 
 
 # ----------------------------------------------------------------------
-# 11. Log                                                       uses: 0
+# 11. Log                                                        uses: 0
 # ----------------------------------------------------------------------
 # One line a request, of fixed fields. No bodies, no query strings, no header values, no secrets;
 # what comes from outside is escaped and cut, so that nobody can write a line of their own.
@@ -3990,7 +4022,7 @@ class Log:
 
 
 # ----------------------------------------------------------------------
-# 12. Endpoints                         uses: 0 1 2 3 4 5 6 8 9 10 11
+# 12. Endpoints                               uses: 0 1 2 3 4 5 6 8 9 11
 # ----------------------------------------------------------------------
 # Request in, Response out. Nothing here knows sockets of clients; a body that is still coming is a
 # Stream or a Gathered, which section 13 pumps.
@@ -4744,7 +4776,7 @@ def parsed_or_none(body: bytes) -> Any:
 
 
 # ----------------------------------------------------------------------
-# 13. HTTP server                                    uses: 0 1 9 4 11 12
+# 13. HTTP server                                    uses: 0 1 4 9 11 12
 # ----------------------------------------------------------------------
 # Bytes -> Request, Response -> bytes. The accept loop and a thread a connection are the standard
 # library's; reading a request is ours (RFC 9112), because its parser loses header fields, knows no
@@ -5323,7 +5355,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # ----------------------------------------------------------------------
-# 14. Command line                        uses: 0 1 3 4 8 9 10 11 12 13
+# 14. Command line                           uses: 0 1 3 8 9 10 11 12 13
 # ----------------------------------------------------------------------
 # OPTIONS is the only list of settings: the parser, the environment, the configuration file and the
 # README's table come from it. Precedence: command line, environment, file, default.
