@@ -3447,7 +3447,7 @@ class UpstreamConnection(Source):
         return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
 
     def ready(self) -> bool:
-        return bool(self._buffer) or self._finished or self._pending()
+        return bool(self._buffer) or self._at_end() or self._pending()
 
     def read(self) -> bytes:
         while not self._at_end():

@@ -4,6 +4,7 @@
  *
  * PIECES: a file with one JSON-encoded text a line. Every POST is answered with a Messages event
  * stream whose text deltas are these pieces in turn; their number is the request's "max_tokens".
+ * As Anthropic does, it pads the deltas with a varying number of spaces before the last brace.
  * GET /v1/models gets a small list, any other GET a 404. Listens on loopback only.
  */
 #define _GNU_SOURCE
@@ -136,8 +137,8 @@ static struct answer *answer_of(long deltas)
     for (long i = 0; i < deltas; i++) {
         snprintf(data, sizeof data,
             "{\"type\":\"content_block_delta\",\"index\":0,"
-            "\"delta\":{\"type\":\"text_delta\",\"text\":%s}}",
-            pieces[(size_t)i % piece_count]);
+            "\"delta\":{\"type\":\"text_delta\",\"text\":%s}%*s}",
+            pieces[(size_t)i % piece_count], (int)(i * 7 % 13), "");
         add_event(&events, "content_block_delta", data);
         if ((i + 1) % events_per_chunk == 0) add_chunk(&made->body, &events);
     }

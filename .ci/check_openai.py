@@ -17,6 +17,7 @@ from harness import (
     PROMPT_TOKENS,
     SHIM,
     THINKING_TOKENS,
+    TIMEOUT,
     check,
     run,
     same,

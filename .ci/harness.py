@@ -32,8 +32,8 @@ UPSTREAM_KEY = "sk-ant-api03-test"
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
 SETTLE_SECONDS = 5.0
 START_SECONDS = 15.0
-CHECK_SECONDS = 60
-TIMEOUT = 20.0  # of the clients: a shim that hangs is to fail soon
+CHECK_SECONDS = 40
+TIMEOUT = 10.0  # of the clients: a shim that hangs is to fail soon
 PROMPT_TOKENS = 12 + 1500 + 8000  # input + written to the cache + read from it, see scenarios.INPUT
 OUTPUT_TOKENS, THINKING_TOKENS = 90, 40
 
