@@ -71,6 +71,7 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    Match,
     NamedTuple,
     Optional,
     Pattern,
@@ -1027,17 +1028,15 @@ def tool_input(arguments: Any) -> JSON:
             arguments = loads(arguments.encode("utf-8", "replace"))
         except (ValueError, RecursionError):
             return {"_raw": arguments}
+    elif isinstance(arguments, str):
+        arguments = None
     if isinstance(arguments, dict):
         return arguments
-    return {} if arguments in (None, "") or isinstance(arguments, str) else {"_raw": arguments}
+    return {} if arguments is None else {"_raw": arguments}
 
 
-def _renamed_reference(reference: Any) -> Any:
-    return (
-        re.sub(r"^#/definitions/", "#/$defs/", reference)
-        if isinstance(reference, str)
-        else reference
-    )
+_SCHEMA_MAPS = frozenset("properties patternProperties $defs definitions dependentSchemas".split())
+_SCHEMA_VALUES = frozenset("const enum default examples required".split())
 
 
 def _upgraded_schema(schema: Any) -> Any:
@@ -1046,21 +1045,26 @@ def _upgraded_schema(schema: Any) -> Any:
         return [_upgraded_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    new = {
-        k: _upgraded_schema(v)
-        for k, v in schema.items()
-        if not (k == "$schema" and isinstance(v, str))
-    }
+    new = {k: _upgraded_member(k, v) for k, v in schema.items() if k != "$schema"}
     if isinstance(new.get("definitions"), dict):
-        new["$defs"] = {**new.pop("definitions"), **new.get("$defs", {})}
-    if "$ref" in new:
-        new["$ref"] = _renamed_reference(new["$ref"])
+        given = new.get("$defs")
+        new["$defs"] = {**new.pop("definitions"), **(given if isinstance(given, dict) else {})}
+    if isinstance(new.get("$ref"), str):
+        new["$ref"] = re.sub(r"^#/definitions/", "#/$defs/", new["$ref"])
     for exclusive, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if new.get(exclusive) is True and limit in new:
             new[exclusive] = new.pop(limit)
         elif isinstance(new.get(exclusive), bool):
             del new[exclusive]
     return new
+
+
+def _upgraded_member(keyword: str, value: Any) -> Any:
+    if keyword in _SCHEMA_VALUES:
+        return value
+    if keyword in _SCHEMA_MAPS and isinstance(value, dict):
+        return {name: _upgraded_schema(member) for name, member in value.items()}
+    return _upgraded_schema(value)
 
 
 def tool_schema(parameters: Any, path: str) -> JSON:
@@ -1073,23 +1077,30 @@ def tool_schema(parameters: Any, path: str) -> JSON:
         parameters = tool_input(parameters)
     schema = _upgraded_schema(as_object({} if parameters is None else parameters, path))
     for union in ("oneOf", "anyOf", "allOf"):
-        schema = _merged_union(schema, union)
-    return {**schema, "type": "object", "properties": schema.get("properties") or {}}
+        if union in schema:
+            schema = _merged_union(schema, union, f"{path}.{union}")
+    return {**schema, "type": "object", "properties": _object_or_empty(schema.get("properties"))}
 
 
-def _merged_union(schema: JSON, union: str) -> JSON:
-    if union not in schema:
-        return schema
-    branches = [b for b in as_list(schema[union], union) if isinstance(b, dict)]
+def _merged_union(schema: JSON, union: str, path: str) -> JSON:
+    branches = [branch for branch in as_list(schema[union], path) if isinstance(branch, dict)]
     properties: JSON = {}
     for branch in branches:
-        properties.update(branch.get("properties") or {})
-    required = [set(branch.get("required") or ()) for branch in branches] or [set()]
+        properties.update(_object_or_empty(branch.get("properties")))
+    required = [set(_names_in(branch.get("required"))) for branch in branches] or [set()]
     common = set.union(*required) if union == "allOf" else set.intersection(*required)
     merged = {k: v for k, v in schema.items() if k != union}
-    merged["properties"] = {**properties, **(schema.get("properties") or {})}
-    needed = [*(schema.get("required") or ()), *sorted(common)]
+    merged["properties"] = {**properties, **_object_or_empty(schema.get("properties"))}
+    needed = [*_names_in(schema.get("required")), *sorted(common)]
     return {**merged, "required": list(dict.fromkeys(needed))} if needed else merged
+
+
+def _object_or_empty(value: Any) -> JSON:
+    return value if isinstance(value, dict) else {}
+
+
+def _names_in(value: Any) -> List[str]:
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
 # The subset of JSON Schema that constrained output takes (structured outputs page of the docs).
@@ -1122,15 +1133,15 @@ def _constrained(schema: Any, gone: List[str]) -> Any:
         else:
             hints.append(f"{keyword}: {json.dumps(value)}")
             gone.append(keyword)
-    if new.get("type") == "object" or "properties" in new:
+    if new.get("type") == "object" or "object" in _names_in(new.get("type")) or "properties" in new:
         if new.get("additionalProperties", False) is not False:
             gone.append("additionalProperties")
-        new.update(type="object", additionalProperties=False)
+        new["additionalProperties"] = False
+        new.setdefault("type", "object")
         new.setdefault("properties", {})
     if hints:
-        new["description"] = " ".join(
-            [*filter(None, [new.get("description")]), f"({', '.join(hints)})"]
-        )
+        told = [str(new["description"])] if new.get("description") else []
+        new["description"] = " ".join([*told, f"({', '.join(hints)})"])
     return new
 
 
@@ -1138,7 +1149,7 @@ def _keyword_allowed(keyword: str, value: Any) -> bool:
     if keyword == "minItems":
         return value in (0, 1)
     if keyword == "format":
-        return value in SCHEMA_FORMATS
+        return isinstance(value, str) and value in SCHEMA_FORMATS
     return keyword in SCHEMA_KEYWORDS
 
 
@@ -1211,17 +1222,22 @@ def conversation(turns: Iterable[Tuple[str, List[JSON]]]) -> List[JSON]:
     and in the order of the calls; a call without result gets one that says so, a result without a
     call becomes text. RequestError when nothing is left.
     """
-    merged = _answered(_merged(turns))
-    if not merged:
+    ordered = _merged(_answered(_merged(turns)))
+    if not ordered:
         raise RequestError("expected at least one message with content", param="messages")
-    if merged[0][0] != "user":
-        merged.insert(0, ("user", [{"type": "text", "text": "(The conversation starts here.)"}]))
-    return [{"role": role, "content": blocks} for role, blocks in merged]
+    if ordered[0][0] != "user":
+        ordered.insert(0, ("user", [{"type": "text", "text": "(The conversation starts here.)"}]))
+    return [{"role": role, "content": blocks} for role, blocks in ordered]
 
 
-def _merged(turns: Iterable[Tuple[str, List[JSON]]]) -> List[Tuple[str, List[JSON]]]:
-    merged: List[Tuple[str, List[JSON]]] = []
+Turns = List[Tuple[str, List[JSON]]]
+
+
+def _merged(turns: Iterable[Tuple[str, List[JSON]]]) -> Turns:
+    merged: Turns = []
     for role, blocks in turns:
+        if not blocks:
+            continue
         last = merged[-1][0] if merged else ""
         if role == "system" and last not in ("user", "system"):
             role, blocks = "user", [system_reminder(block) for block in blocks]
@@ -1231,7 +1247,7 @@ def _merged(turns: Iterable[Tuple[str, List[JSON]]]) -> List[Tuple[str, List[JSO
             blocks, last = [*reminders, *blocks], "user"
         if role == last:
             merged[-1] = (role, [*merged[-1][1], *blocks])
-        elif blocks:
+        else:
             merged.append((role, blocks))
     return merged
 
@@ -1241,36 +1257,41 @@ def system_reminder(block: JSON) -> JSON:
     return {**block, "text": f"<system-reminder>\n{block['text']}\n</system-reminder>"}
 
 
-def _answered(turns: List[Tuple[str, List[JSON]]]) -> List[Tuple[str, List[JSON]]]:
-    answered: List[Tuple[str, List[JSON]]] = []
-    calls: List[str] = []
+def _answered(turns: Turns) -> Turns:
+    """Each tool_use with its result in the turn after it; ids that come again get a number."""
+    answered: Turns = []
+    calls: Dict[str, str] = {}  # id as the client wrote it -> as it goes up
+    seen: List[str] = []
     for role, blocks in turns:
-        if role == "user":
-            blocks = _results_first(blocks, calls)
-            calls = []
-        elif role == "assistant":
-            if calls:
-                answered.append(("user", _results_first([], calls)))
-            blocks, calls = _distinct_calls(blocks)
+        if role == "assistant":
+            answered.append(("user", _results_first([], calls)))
+            blocks, calls = _distinct_calls(blocks, seen)
+            seen.extend(calls.values())
+        elif role == "user":
+            blocks, calls = _results_first(blocks, calls), {}
         answered.append((role, blocks))
-    if calls:
-        answered.append(("user", _results_first([], calls)))
-    return answered
+    return [*answered, ("user", _results_first([], calls))]
 
 
-def _distinct_calls(blocks: List[JSON]) -> Tuple[List[JSON], List[str]]:
-    """Drop a second tool_use of the same id; name the ids of the rest."""
-    kept: Dict[Any, JSON] = {}
-    for number, block in enumerate(blocks):
-        key = ("tool_use", block["id"]) if block["type"] == "tool_use" else number
-        kept.setdefault(key, block)
-    return list(kept.values()), [b["id"] for b in kept.values() if b["type"] == "tool_use"]
+def _distinct_calls(blocks: List[JSON], seen: List[str]) -> Tuple[List[JSON], Dict[str, str]]:
+    """Drop a second call of the same id; number an id that an earlier turn had."""
+    kept: List[JSON] = []
+    calls: Dict[str, str] = {}
+    for block in blocks:
+        if block["type"] == "tool_use":
+            if block["id"] in calls:
+                continue
+            new = f"{block['id']}_{len(seen)}" if block["id"] in seen else block["id"]
+            calls[block["id"]] = new
+            block = {**block, "id": new}
+        kept.append(block)
+    return kept, calls
 
 
-def _results_first(blocks: List[JSON], calls: List[str]) -> List[JSON]:
+def _results_first(blocks: List[JSON], calls: Dict[str, str]) -> List[JSON]:
     results = {b["tool_use_id"]: b for b in blocks if b["type"] == "tool_result"}
     missing = {"type": "tool_result", "content": "(no result)", "is_error": True}
-    ordered = [results.get(id) or {**missing, "tool_use_id": id} for id in calls]
+    ordered = [{**results.get(id, missing), "tool_use_id": new} for id, new in calls.items()]
     rest: List[JSON] = []
     for block in blocks:
         if block["type"] != "tool_result":
@@ -1775,7 +1796,11 @@ def ascii_run(run: bytes) -> Optional[bytes]:
         text = run.decode("utf-8")
     except UnicodeDecodeError:
         return None
-    return _NOT_ASCII.sub(lambda match: json.dumps(match.group())[1:-1], text).encode("ascii")
+    return _NOT_ASCII.sub(_escaped, text).encode("ascii")
+
+
+def _escaped(match: Match[str]) -> str:
+    return json.encoder.encode_basestring_ascii(match.group())[1:-1]
 
 
 class EventTransform:
@@ -1904,7 +1929,7 @@ def _summed_usage(one: JSON, other: JSON) -> JSON:
 # the README. Real clients send three tool dialects in one body (OpenAI's nested, the flat one of
 # Responses, Anthropic's own), so the shape is decided per element, never per endpoint.
 
-ChatHandler = Callable[["ChatDraft", Any], None]
+ChatHandler = Callable[["ChatDraft", Any, str], None]  # the value, and the name of the field
 
 
 class ChatDraft(Draft):
@@ -1928,17 +1953,20 @@ def chat_content(draft: ChatDraft, content: Any, path: str) -> List[JSON]:
         return []
     if isinstance(content, str):
         return text_block(content)
-    blocks: List[JSON] = []
-    for number, part in enumerate(as_list(content, path)):
-        where = f"{path}.{number}"
-        part = {"type": "text", "text": part} if isinstance(part, str) else as_object(part, where)
-        type_ = part.get("type", "text")
-        convert = CHAT_PARTS.get(type_) if isinstance(type_, str) else None
-        if convert is None:
-            known = ", ".join(CHAT_PARTS)
-            raise RequestError(f"unknown part; expected one of {known}", param=f"{where}.type")
-        blocks.extend(_marked(convert(draft, part, where), part))
-    return blocks
+    parts = enumerate(as_list(content, path))
+    return [b for number, part in parts for b in _chat_part(draft, part, f"{path}.{number}")]
+
+
+def _chat_part(draft: ChatDraft, part: Any, path: str) -> List[JSON]:
+    part = {"type": "text", "text": part} if isinstance(part, str) else as_object(part, path)
+    type_ = part.get("type", "text")
+    convert = CHAT_PARTS.get(type_) if isinstance(type_, str) else None
+    if convert is None:
+        known = ", ".join(CHAT_PARTS)
+        raise RequestError(f"unknown part; expected one of {known}", param=f"{path}.type")
+    if not isinstance(part.get("cache_control"), dict) or not part["cache_control"]:
+        part = {name: value for name, value in part.items() if name != "cache_control"}
+    return _marked(convert(draft, part, path), part)
 
 
 def _marked(blocks: List[JSON], source: JSON) -> List[JSON]:
@@ -1947,7 +1975,7 @@ def _marked(blocks: List[JSON], source: JSON) -> List[JSON]:
     breakpoint_ = source.get("prompt_cache_breakpoint")
     if mark is None and isinstance(breakpoint_, dict):
         mark = {"type": "ephemeral", "ttl": "1h" if breakpoint_.get("ttl") == "12h" else "5m"}
-    if not blocks or not isinstance(mark, dict) or "cache_control" in blocks[-1]:
+    if not blocks or not mark or not isinstance(mark, dict) or "cache_control" in blocks[-1]:
         return blocks
     return [*blocks[:-1], {**blocks[-1], "cache_control": mark}]
 
@@ -1971,7 +1999,8 @@ def _file_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
     content = file.get("file_data") or file.get("file_url")
     if isinstance(content, str):
         return [document_block(content, file.get("filename"), f"{path}.file.file_data")]
-    file_id = as_text(file.get("file_id"), f"{path}.file.file_data")
+    missing = "file_data" if file.get("file_id") is None else "file_id"
+    file_id = as_text(file.get("file_id"), f"{path}.file.{missing}")
     if not file_id.startswith("file_"):
         message = "no such file here: send file_data, or an id from Anthropic's POST /v1/files"
         raise RequestError(message, param=f"{path}.file.file_id")
@@ -2037,12 +2066,12 @@ CHAT_PARTS: Dict[str, Callable[[ChatDraft, JSON, str], List[JSON]]] = {
 
 
 def _system_message(draft: ChatDraft, message: JSON, path: str) -> None:
-    blocks = chat_content(draft, message.get("content"), f"{path}.content")
-    for number, block in enumerate(blocks):
-        if block["type"] != "text":
+    content = message.get("content")
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        if any(block["type"] != "text" for block in _chat_part(draft, part, f"{path}.content")):
             where = f"{path}.content.{number}"
             raise RequestError("a system message holds text only", param=where)
-    blocks = _marked(blocks, message)
+    blocks = _marked(chat_content(draft, content, f"{path}.content"), message)
     if draft.turns:
         draft.turns.append(("system", blocks))
     else:
@@ -2079,10 +2108,8 @@ def _with_thinking(draft: ChatDraft, blocks: List[JSON], message: JSON) -> List[
     """Put the signed thinking of the turn before it: from the client, else from our memory."""
     if any(block["type"] in ("thinking", "redacted_thinking") for block in blocks):
         return blocks
-    carried = [
-        *_signed(message.get("thinking_blocks")),
-        *_detailed(message.get("reasoning_details")),
-    ]
+    carried = _signed(message.get("thinking_blocks"))
+    carried = carried or _detailed(message.get("reasoning_details"))
     calls = (block["id"] for block in blocks if block["type"] == "tool_use")
     remembered = (draft.recall(id) for id in calls)
     return [*(carried or next(filter(None, remembered), [])), *blocks]
@@ -2171,24 +2198,24 @@ CHAT_ROLES: Dict[str, Callable[[ChatDraft, JSON, str], None]] = {
 }
 
 
-def _messages(draft: ChatDraft, value: Any) -> None:
-    for number, message in enumerate(as_list(value, "messages")):
-        path = f"messages.{number}"
-        role = as_object(message, path).get("role")
+def _messages(draft: ChatDraft, value: Any, path: str) -> None:
+    for number, message in enumerate(as_list(value, path)):
+        where = f"{path}.{number}"
+        role = as_object(message, where).get("role")
         add = CHAT_ROLES.get(role) if isinstance(role, str) else None
         if add is None:
             known = ", ".join(CHAT_ROLES)
-            raise RequestError(f"unknown role; expected one of {known}", param=f"{path}.role")
-        add(draft, message, path)
+            raise RequestError(f"unknown role; expected one of {known}", param=f"{where}.role")
+        add(draft, message, where)
 
 
-def _input(draft: ChatDraft, value: Any) -> None:
+def _input(draft: ChatDraft, value: Any, path: str) -> None:
     """The items of a Responses body that Cursor posts to the chat endpoint."""
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
     messages: List[JSON] = []
-    for number, item in enumerate(as_list(value, "input")):
-        item = as_object(item, f"input.{number}")
+    for number, item in enumerate(as_list(value, path)):
+        item = as_object(item, f"{path}.{number}")
         if item.get("type") in ("function_call", "custom_tool_call"):
             kind = "custom" if item["type"] == "custom_tool_call" else "function"
             call = {"id": item.get("call_id"), kind: item}
@@ -2200,25 +2227,30 @@ def _input(draft: ChatDraft, value: Any) -> None:
             messages.append(item)
         else:
             draft.ignore(f"input.{item.get('type')}")
-    _messages(draft, messages)
+    _messages(draft, messages, path)
+
+
+def _instructions(draft: ChatDraft, value: Any, path: str) -> None:
+    draft.system.extend(text_block(as_text(value, path)))
 
 
 # --- tools
 
 
-def _tools(draft: ChatDraft, value: Any) -> None:
-    for number, tool in enumerate(as_list(value, "tools")):
-        path = f"tools.{number}"
-        tool = as_object(tool, path)
+def _tools(draft: ChatDraft, value: Any, path: str) -> None:
+    for number, tool in enumerate(as_list(value, path)):
+        where = f"{path}.{number}"
+        tool = as_object(tool, where)
         inner = tool.get(str(tool.get("type")))
         function = {**tool, **inner} if isinstance(inner, dict) else tool
+        where = f"{where}.{tool['type']}" if isinstance(inner, dict) else where
         if _is_server_tool(tool):
             draft.annotated = True
             draft.add_tool(dict(tool))
         elif tool.get("type") == "custom" and "input_schema" not in function:
-            draft.add_tool(_marked([_custom_tool(draft, function, path)], tool)[0])
+            draft.add_tool(_marked([_custom_tool(draft, function, where)], function)[0])
         else:
-            draft.add_tool(_marked([_function_tool(draft, function, path)], tool)[0])
+            draft.add_tool(_marked([_function_tool(draft, function, where)], function)[0])
 
 
 def _is_server_tool(tool: JSON) -> bool:
@@ -2228,12 +2260,12 @@ def _is_server_tool(tool: JSON) -> bool:
 
 
 def _function_tool(draft: ChatDraft, function: JSON, path: str) -> JSON:
-    name = as_text(function.get("name"), f"{path}.function.name")
+    name = as_text(function.get("name"), f"{path}.name")
     schema = function.get("input_schema", function.get("parameters"))
     tool: JSON = {"name": draft.tool_name(name)}
     if isinstance(function.get("description"), str) and function["description"]:
         tool["description"] = function["description"]
-    tool["input_schema"] = tool_schema(schema, f"{path}.function.parameters")
+    tool["input_schema"] = tool_schema(schema, f"{path}.parameters")
     if function.get("strict") is True:
         tool["input_schema"], gone = output_schema(tool["input_schema"], path)
         tool["strict"] = True
@@ -2244,7 +2276,7 @@ def _function_tool(draft: ChatDraft, function: JSON, path: str) -> JSON:
 
 def _custom_tool(draft: ChatDraft, tool: JSON, path: str) -> JSON:
     """A tool of free text: Claude fills one string, the grammar goes into the description."""
-    name = as_text(tool.get("name"), f"{path}.custom.name")
+    name = as_text(tool.get("name"), f"{path}.name")
     draft.custom_tools.append(name)
     format = tool.get("format")
     grammar = format.get("grammar", format) if isinstance(format, dict) else {}
@@ -2263,33 +2295,35 @@ def _custom_tool(draft: ChatDraft, tool: JSON, path: str) -> JSON:
     }
 
 
-def _functions(draft: ChatDraft, value: Any) -> None:
+def _functions(draft: ChatDraft, value: Any, path: str) -> None:
     draft.legacy = True
-    for number, function in enumerate(as_list(value, "functions")):
-        path = f"functions.{number}"
-        draft.add_tool(_function_tool(draft, as_object(function, path), path))
-    _parallel_tool_calls(draft, False)  # the old answer has room for one call
+    for number, function in enumerate(as_list(value, path)):
+        where = f"{path}.{number}"
+        draft.add_tool(_function_tool(draft, as_object(function, where), where))
+    _parallel_tool_calls(draft, False, path)  # the old answer has room for one call
 
 
 _CHOICES = {"none": "none", "auto": "auto", "required": "any", "any": "any"}
 
 
-def _tool_choice(draft: ChatDraft, value: Any) -> None:
+def _tool_choice(draft: ChatDraft, value: Any, path: str) -> None:
     if isinstance(value, str):
         if value not in _CHOICES:
-            raise RequestError("expected none, auto, required or a tool", param="tool_choice")
+            raise RequestError("expected none, auto, required or a tool", param=path)
         draft.require_tools({"type": _CHOICES[value]})
         return
-    choice = as_object(value, "tool_choice")
+    choice = as_object(value, path)
     if choice.get("type") == "allowed_tools":
-        _allowed_tools(draft, choice)
+        _allowed_tools(draft, choice, path)
         return
-    if choice.get("type") in ("auto", "any", "none", "tool"):
+    if choice.get("type") in ("auto", "any", "none"):
         draft.require_tools({"type": choice["type"]})
     if choice.get("disable_parallel_tool_use") is True:
-        _parallel_tool_calls(draft, False)
+        _parallel_tool_calls(draft, False, path)
     if choice.get("type") not in ("auto", "any", "none"):
-        name = as_text(_chosen_name(choice), "tool_choice.function.name")
+        nested = isinstance(choice.get(str(choice.get("type"))), dict)
+        where = f"{path}.{choice['type']}.name" if nested else f"{path}.name"
+        name = as_text(_chosen_name(choice), where)
         draft.require_tools({"type": "tool", "name": draft.tool_name(name)})
 
 
@@ -2298,32 +2332,35 @@ def _chosen_name(choice: JSON) -> Any:
     return (inner if isinstance(inner, dict) else choice).get("name")
 
 
-def _allowed_tools(draft: ChatDraft, choice: JSON) -> None:
+def _allowed_tools(draft: ChatDraft, choice: JSON, path: str) -> None:
     allowed = choice.get("allowed_tools")
     allowed = allowed if isinstance(allowed, dict) else choice
-    tools = as_list(allowed.get("tools"), "tool_choice.allowed_tools.tools")
+    tools = as_list(allowed.get("tools"), f"{path}.allowed_tools.tools")
     names = {safe_name(str(_chosen_name(tool))) for tool in tools if isinstance(tool, dict)}
     kept = [tool for tool in draft.request.get("tools", ()) if tool.get("name") in names]
     if not kept:
-        raise RequestError("none of these tools is given", param="tool_choice.allowed_tools.tools")
+        raise RequestError("none of these tools is given", param=f"{path}.allowed_tools.tools")
     draft.request["tools"] = kept
     draft.require_tools({"type": "any" if allowed.get("mode") == "required" else "auto"})
 
 
-def _function_call(draft: ChatDraft, value: Any) -> None:
+def _function_call(draft: ChatDraft, value: Any, path: str) -> None:
     draft.legacy = True
-    named = {"type": "function", "function": value}
-    _tool_choice(draft, value if isinstance(value, str) else named)
+    if isinstance(value, str):
+        _tool_choice(draft, value, path)
+    else:
+        named = {**as_object(value, path), "type": "function"}
+        _tool_choice(draft, named, path)
 
 
-def _parallel_tool_calls(draft: ChatDraft, value: Any) -> None:
+def _parallel_tool_calls(draft: ChatDraft, value: Any, path: str) -> None:
     choice = draft.request.get("tool_choice", {"type": "auto"})
-    if not as_boolean(value, "parallel_tool_calls") and choice["type"] != "none":
+    if not as_boolean(value, path) and choice["type"] != "none":
         draft.request["tool_choice"] = {**choice, "disable_parallel_tool_use": True}
 
 
-def _web_search_options(draft: ChatDraft, value: Any) -> None:
-    options = as_object(value, "web_search_options")
+def _web_search_options(draft: ChatDraft, value: Any, path: str) -> None:
+    options = as_object(value, path)
     tool: JSON = {"type": "web_search_20250305", "name": "web_search"}
     location = options.get("user_location")
     if isinstance(location, dict):
@@ -2333,7 +2370,7 @@ def _web_search_options(draft: ChatDraft, value: Any) -> None:
         known = {name: place[name] for name in fields if isinstance(place.get(name), str)}
         tool["user_location"] = {"type": "approximate", **known}
     if options.get("search_context_size") not in (None, "medium"):
-        draft.ignore("web_search_options.search_context_size")
+        draft.ignore(f"{path}.search_context_size")
     draft.annotated = True
     draft.add_tool(tool)
 
@@ -2341,64 +2378,72 @@ def _web_search_options(draft: ChatDraft, value: Any) -> None:
 # --- the other fields
 
 
-def _copied(field: str) -> ChatHandler:
-    """A field that Anthropic takes under the same name."""
+def _copied(check: Callable[[Any, str], Any]) -> ChatHandler:
+    """A field that Anthropic takes under the same name, once its type is checked."""
 
-    def copy(draft: ChatDraft, value: Any) -> None:
-        draft.request[field] = value
+    def copy(draft: ChatDraft, value: Any, path: str) -> None:
+        draft.request[path] = check(value, path)
 
     return copy
 
 
-def _max_tokens(draft: ChatDraft, value: Any) -> None:
-    draft.request.setdefault("max_tokens", as_positive_integer(value, "max_tokens"))
+def _cache_control(draft: ChatDraft, value: Any, path: str) -> None:
+    if as_object(value, path):
+        draft.request[path] = value
 
 
-def _temperature(draft: ChatDraft, value: Any) -> None:
-    draft.request["temperature"] = max(0, min(1, as_number(value, "temperature")))
+def _text_or_object(value: Any, path: str) -> Any:
+    return value if isinstance(value, str) else as_object(value, path)
 
 
-def _top_p(draft: ChatDraft, value: Any) -> None:
-    if as_number(value, "top_p") != 1:
+def _max_tokens(draft: ChatDraft, value: Any, path: str) -> None:
+    limit = as_positive_integer(value, path)
+    draft.request.setdefault("max_tokens", limit)
+
+
+def _temperature(draft: ChatDraft, value: Any, path: str) -> None:
+    draft.request["temperature"] = max(0, min(1, as_number(value, path)))
+
+
+def _top_p(draft: ChatDraft, value: Any, path: str) -> None:
+    if as_number(value, path) != 1:
         draft.request["top_p"] = value
 
 
-def _stop(draft: ChatDraft, value: Any) -> None:
-    values = [value] if isinstance(value, str) else as_list(value, "stop")
-    texts = [as_text(text, f"stop.{number}") for number, text in enumerate(values)]
+def _stop(draft: ChatDraft, value: Any, path: str) -> None:
+    values = [value] if isinstance(value, str) else as_list(value, path)
+    texts = [as_text(text, f"{path}.{number}") for number, text in enumerate(values)]
     kept = [text for text in texts if text.strip()]  # Anthropic refuses blank ones
     if len(kept) < len(texts):
-        draft.ignore("stop")
+        draft.ignore(path)
     if kept:
         draft.request["stop_sequences"] = kept
 
 
-def _n(draft: ChatDraft, value: Any) -> None:
-    draft.n = as_positive_integer(value, "n")
+def _n(draft: ChatDraft, value: Any, path: str) -> None:
+    draft.n = as_positive_integer(value, path)
     if draft.n > MAX_CHOICES:
-        raise RequestError(f"at most {MAX_CHOICES} choices", param="n")
+        raise RequestError(f"at most {MAX_CHOICES} choices", param=path)
 
 
 MAX_CHOICES = 16  # each is a request upstream of its own
 
 
-def _stream_options(draft: ChatDraft, value: Any) -> None:
-    draft.include_usage = as_object(value, "stream_options").get("include_usage") is True
+def _stream_options(draft: ChatDraft, value: Any, path: str) -> None:
+    draft.include_usage = as_object(value, path).get("include_usage") is True
 
 
-def _response_format(draft: ChatDraft, value: Any) -> None:
-    format = as_object(value, "response_format")
+def _response_format(draft: ChatDraft, value: Any, path: str) -> None:
+    format = as_object(value, path)
     if format.get("type") == "json_object":
         draft.json_object = True
         text = "Answer with one JSON object and nothing else: no other text, no code fence."
         draft.system.append({"type": "text", "text": text})
     elif format.get("type") == "json_schema":
-        _json_schema(
-            draft, as_object(format.get("json_schema", format), "response_format.json_schema")
-        )
+        _json_schema(draft, as_object(format.get("json_schema", format), f"{path}.json_schema"))
     elif format.get("type") != "text":
         message = "expected text, json_object or json_schema"
-        raise RequestError(message, param="response_format.type")
+        raise RequestError(message, param=f"{path}.type")
 
 
 def _json_schema(draft: ChatDraft, format: JSON) -> None:
@@ -2407,11 +2452,13 @@ def _json_schema(draft: ChatDraft, format: JSON) -> None:
     for keyword in gone:
         draft.ignore(f"response_format.{keyword}")
     draft.json_schema = True
-    _output_config(draft, {"format": {"type": "json_schema", "schema": schema}})
+    _output_config(draft, {"format": {"type": "json_schema", "schema": schema}}, "output_config")
 
 
-def _output_config(draft: ChatDraft, value: Any) -> None:
-    config = as_object(value, "output_config")
+def _output_config(draft: ChatDraft, value: Any, path: str) -> None:
+    config = as_object(value, path)
+    if config.get("effort") is not None:
+        as_text(config["effort"], f"{path}.effort")
     draft.request["output_config"] = {**draft.request.get("output_config", {}), **config}
 
 
@@ -2425,57 +2472,67 @@ _EFFORTS = {
 }
 
 
-def _reasoning_effort(draft: ChatDraft, value: Any) -> None:
-    effort = as_text(value, "reasoning_effort")
+def _reasoning_effort(draft: ChatDraft, value: Any, path: str) -> None:
+    effort = as_text(value, path)
     if effort == "none":
         draft.request["thinking"] = {"type": "disabled"}
         return
     if effort in _EFFORTS:
-        _output_config(draft, {"effort": _EFFORTS[effort]})
+        _output_config(draft, {"effort": _EFFORTS[effort]}, path)
     else:
-        draft.ignore("reasoning_effort")
-    draft.request.setdefault("thinking", {"type": "adaptive", "display": "summarized"})
+        draft.ignore(path)
+    draft.request.setdefault("thinking", dict(_SHOWN_THINKING))
 
 
-def _reasoning(draft: ChatDraft, value: Any) -> None:
+_SHOWN_THINKING = {"type": "adaptive", "display": "summarized"}
+
+
+def _reasoning(draft: ChatDraft, value: Any, path: str) -> None:
     """OpenRouter's form: an effort, or a budget of tokens, or just on and off."""
-    reasoning = as_object(value, "reasoning")
+    reasoning = as_object(value, path)
     if reasoning.get("enabled") is False:
-        _reasoning_effort(draft, "none")
+        _reasoning_effort(draft, "none", path)
     elif reasoning.get("effort") is not None:
-        _reasoning_effort(draft, reasoning["effort"])
+        _reasoning_effort(draft, reasoning["effort"], f"{path}.effort")
     elif reasoning.get("max_tokens") is not None:
-        budget = as_positive_integer(reasoning["max_tokens"], "reasoning.max_tokens")
+        budget = as_positive_integer(reasoning["max_tokens"], f"{path}.max_tokens")
         draft.request["thinking"] = {"type": "enabled", "budget_tokens": max(1024, budget)}
     elif reasoning:
-        draft.request["thinking"] = {"type": "adaptive", "display": "summarized"}
+        draft.request["thinking"] = dict(_SHOWN_THINKING)
+    thinking = draft.request.get("thinking", {})
+    if reasoning.get("exclude") is True and thinking.get("type") == "adaptive":
+        draft.request["thinking"] = {**thinking, "display": "omitted"}
 
 
-def _thinking(draft: ChatDraft, value: Any) -> None:
-    draft.request["thinking"] = dict(as_object(value, "thinking"))
+def _thinking(draft: ChatDraft, value: Any, path: str) -> None:
+    thinking = as_object(value, path)
+    as_text(thinking.get("type"), f"{path}.type")
+    if thinking.get("budget_tokens") is not None:
+        as_positive_integer(thinking["budget_tokens"], f"{path}.budget_tokens")
+    draft.request["thinking"] = dict(thinking)
 
 
-def _user(draft: ChatDraft, value: Any) -> None:
+def _user(draft: ChatDraft, value: Any, path: str) -> None:
     """Anthropic wants an opaque id here, and no address."""
-    id = as_text(value, "user")
+    id = as_text(value, path)
     if "@" in id or len(id) > 256:
         id = hashlib.sha256(id.encode("utf-8", "replace")).hexdigest()
     draft.request.setdefault("metadata", {"user_id": id})
 
 
-def _prompt_cache_options(draft: ChatDraft, value: Any) -> None:
-    draft.explicit_cache = as_object(value, "prompt_cache_options").get("mode") == "explicit"
+def _prompt_cache_options(draft: ChatDraft, value: Any, path: str) -> None:
+    draft.explicit_cache = as_object(value, path).get("mode") == "explicit"
 
 
-def _betas(draft: ChatDraft, value: Any) -> None:
-    names = value.split(",") if isinstance(value, str) else as_list(value, "betas")
+def _betas(draft: ChatDraft, value: Any, path: str) -> None:
+    names = value.split(",") if isinstance(value, str) else as_list(value, path)
     for name in names:
-        if not re.fullmatch(r"\s*[A-Za-z0-9._-]+\s*", as_text(name, "betas")):
-            raise RequestError("not the name of a beta", param="betas")
+        if not re.fullmatch(r"\s*[A-Za-z0-9._-]+\s*", as_text(name, path)):
+            raise RequestError("not the name of a beta", param=path)
         draft.betas.append(name.strip())
 
 
-def _seen_elsewhere(draft: ChatDraft, value: Any) -> None:
+def _seen_elsewhere(draft: ChatDraft, value: Any, path: str) -> None:
     """`model` and `stream` are read before the conversion."""
 
 
@@ -2483,15 +2540,17 @@ def _seen_elsewhere(draft: ChatDraft, value: Any) -> None:
 # tools needs the tools.
 CHAT_REQUEST: Dict[str, Tuple[str, ChatHandler]] = {
     "model": ("`model`, by alias or as it is", _seen_elsewhere),
+    "instructions": ("the first block of `system`, beside `input`", _instructions),
     "messages": ("`system` and `messages`", _messages),
     "input": ("`messages`, for clients that send Responses items here", _input),
     "stream": ("stream or one answer; upstream is always streamed", _seen_elsewhere),
     "stream_options": ("`include_usage`: a last chunk with usage", _stream_options),
     "max_completion_tokens": ("`max_tokens`", _max_tokens),
     "max_tokens": ("`max_tokens`; without either, all that the model has", _max_tokens),
+    "max_output_tokens": ("`max_tokens`, beside `input`", _max_tokens),
     "temperature": ("the same, at most 1; left out where the model refuses it", _temperature),
     "top_p": ("the same; left out where the model refuses it", _top_p),
-    "top_k": ("the same; left out where the model refuses it", _copied("top_k")),
+    "top_k": ("the same; left out where the model refuses it", _copied(as_positive_integer)),
     "stop": ("`stop_sequences`, without blank ones", _stop),
     "n": ("that many requests upstream; only 1 with `stream`", _n),
     "tools": ("`tools`; names and schemas made acceptable", _tools),
@@ -2511,10 +2570,10 @@ CHAT_REQUEST: Dict[str, Tuple[str, ChatHandler]] = {
         "explicit: only the parts marked by the client are cached",
         _prompt_cache_options,
     ),
-    "cache_control": ("the same", _copied("cache_control")),
-    "container": ("the same", _copied("container")),
-    "context_management": ("the same", _copied("context_management")),
-    "mcp_servers": ("the same", _copied("mcp_servers")),
+    "cache_control": ("the same", _cache_control),
+    "container": ("the same", _copied(_text_or_object)),
+    "context_management": ("the same", _copied(as_object)),
+    "mcp_servers": ("the same", _copied(as_list)),
     "betas": ("header `anthropic-beta`", _betas),
     "anthropic_beta": ("header `anthropic-beta`", _betas),
 }
@@ -2562,7 +2621,7 @@ def messages_request_from_chat(
             raise RequestError(reason, param=field)
     for field, (_, handler) in CHAT_REQUEST.items():
         if body.get(field) is not None and not (field == "input" and body.get("messages")):
-            handler(draft, body[field])
+            handler(draft, body[field], field)
     for field in body:
         if field not in CHAT_REQUEST and field not in CHAT_REJECTED and _asks(body[field]):
             draft.ignore(field)
@@ -2812,6 +2871,8 @@ class Unfenced:
 
 # --- streams
 
+_SHOWN_BLOCKS = ("text", "thinking", "tool_use")
+
 
 class ChatStreamEncoder(EventSink):
     """Messages events -> the chunks of a streamed chat completion, as server-sent events.
@@ -2821,6 +2882,7 @@ class ChatStreamEncoder(EventSink):
 
     heartbeat = COMMENT
     object = "chat.completion.chunk"
+    id_prefix = "chatcmpl-"
 
     def __init__(
         self, reply: ChatReply, remember: Optional[Callable[[List[str], List[JSON]], None]] = None
@@ -2837,7 +2899,7 @@ class ChatStreamEncoder(EventSink):
     def takes_text(self) -> bool:  # type: ignore[override]
         """Whether text may be spliced: it may not where its characters count or are looked at."""
         free = not (self._reply.annotated or self._reply.json_object)
-        return free and bool(self._around_text[0])
+        return free and self._open_block().get("type") == "text"
 
     def feed_text(self, run: bytes) -> bytes:
         """Return the chunks of a run of raw text deltas: JSON text is spliced as it stands."""
@@ -2884,7 +2946,7 @@ class ChatStreamEncoder(EventSink):
         self._message.feed(event)
         message = self._message.message or {}
         self._head = {
-            "id": f"chatcmpl-{message.get('id', '')}",
+            "id": f"{self.id_prefix}{message.get('id', '')}",
             "object": self.object,
             "created": self._reply.created,
             "model": message.get("model", ""),
@@ -2916,13 +2978,13 @@ class ChatStreamEncoder(EventSink):
         piece = delta.get(DELTA_TEXT.get(str(delta.get("type")), ""))
         if delta.get("type") != "text_delta" or self._reply.annotated:
             self._message.feed(event)
-        if not isinstance(piece, str) or not piece:
+        block = self._open_block()
+        if not isinstance(piece, str) or not piece or block.get("type") not in _SHOWN_BLOCKS:
             return b""
         if delta["type"] == "text_delta":
             return self._text(piece)
         if delta["type"] == "thinking_delta":
             return self._delta({"reasoning_content": piece})
-        block = self._open_block()
         if not is_client_tool_use(block) or self._name(block) in self._reply.custom_tools:
             return b""
         return self._call({"function": {"arguments": piece}})
@@ -3008,9 +3070,10 @@ def completion_prompts(body: JSON) -> List[str]:
     """Return the prompts of a legacy completion request; RequestError for lists of tokens."""
     prompt = body.get("prompt")
     prompts = prompt if isinstance(prompt, list) else [prompt]
-    if not prompts:
-        raise RequestError("expected a prompt", param="prompt")
-    return [as_text(text, "prompt") for text in prompts]
+    texts = [as_text(text, "prompt") for text in prompts]
+    if not texts or not all(text.strip() for text in texts):
+        raise RequestError("expected a prompt that is not blank", param="prompt")
+    return texts
 
 
 def completion_from_messages(messages: Sequence[JSON], reply: ChatReply) -> JSON:
@@ -3033,6 +3096,7 @@ class CompletionStreamEncoder(ChatStreamEncoder):
     """Messages events -> the chunks of a streamed legacy completion: text and a reason, no more."""
 
     object = "text_completion"
+    id_prefix = "cmpl-"
 
     def _choice(self, delta: JSON, finish: JSON) -> JSON:
         text = delta.get("text", "")
@@ -4295,7 +4359,9 @@ ROUTES: Tuple[Route, ...] = (
     Route(("POST",), "/v1/chat/completions", "chat_completions", "OpenAI chat, streamed or not"),
     Route(("POST",), "/v1/completions", "completions", "OpenAI's legacy completions"),
     Route(("POST",), "/v1/messages", "messages", "Anthropic messages, relayed byte for byte"),
-    Route(("POST",), "/v1/messages/count_tokens", "count_tokens", "relayed; an estimate if refused"),
+    Route(
+        ("POST",), "/v1/messages/count_tokens", "count_tokens", "relayed; an estimate if refused"
+    ),
     Route(_STORE, "/v1/messages/batches[/...]", "relay", "Anthropic's batches, relayed"),
     Route(_STORE, "/v1/skills[/...]", "relay", "Anthropic's skills, relayed"),
     Route(_STORE, "/v1/files[/...]", "files", "Anthropic's files, with `anthropic-version` only"),

@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Callable, NamedTuple
 
 JSON = dict[str, Any]
@@ -200,6 +200,18 @@ def same(found: Any, wanted: Any, about: str = "") -> None:
     raise AssertionError("\n".join([about, *lines]))
 
 
+def each(rows: Iterable[Any], function: Callable[[Any], Any]) -> None:
+    """Calls `function` for each row; one AssertionError tells of all the rows that fail."""
+    problems = []
+    for row in rows:
+        try:
+            function(row)
+        except Exception as error:
+            problems.append(f"{row}: {type(error).__name__}: {error}"[:1500])
+    if problems:
+        raise AssertionError("\n".join(problems))
+
+
 def translated(received: Received) -> None:
     """What holds for every request that the shim makes of a client's."""
     same(received.body.get("stream"), True, "translated requests are streamed")
@@ -224,7 +236,7 @@ def run(name: str, invariant: Callable[[Received], None] | None = None) -> int:
             if inspect.isawaitable(outcome):
                 asyncio.run(outcome)  # type: ignore[arg-type]
             verify(refused, invariant)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             failed += 1
             report(f"{name}: {title}", error)
         else:
@@ -235,7 +247,7 @@ def run(name: str, invariant: Callable[[Received], None] | None = None) -> int:
 
 
 def too_slow(*_: Any) -> None:
-    raise TimeoutError(f"not done after {CHECK_SECONDS} s")
+    raise KeyboardInterrupt(f"not done after {CHECK_SECONDS} s")
 
 
 def verify(refused: int, invariant: Callable[[Received], None] | None) -> None:
@@ -248,7 +260,7 @@ def verify(refused: int, invariant: Callable[[Received], None] | None) -> None:
             invariant(one)
 
 
-def report(title: str, error: Exception) -> None:
+def report(title: str, error: BaseException) -> None:
     print(f"FAIL {title}")
     every = traceback.extract_tb(error.__traceback__)
     for frame in [f for f in every if "check_" in f.filename or "shim" in f.name][-3:]:
