@@ -2245,6 +2245,7 @@ def _tools(draft: ChatDraft, value: Any, path: str) -> None:
         function = {**tool, **inner} if isinstance(inner, dict) else tool
         where = f"{where}.{tool['type']}" if isinstance(inner, dict) else where
         if _is_server_tool(tool):
+            as_text(tool.get("name", ""), f"{where}.name")
             draft.annotated = True
             draft.add_tool(dict(tool))
         elif tool.get("type") == "custom" and "input_schema" not in function:
