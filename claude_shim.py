@@ -258,13 +258,20 @@ class UpstreamUnreachableError(ShimError):
     status = 502
 
 
-class UpstreamCutError(ShimError):
+class UpstreamFault(ShimError):
+    """An answer that failed after it was ordered, and so may be paid for: not to be ordered again."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers=[("x-should-retry", "false")])
+
+
+class UpstreamCutError(UpstreamFault):
     """502: upstream stopped in the middle of an answer, or sent what is not an answer."""
 
     status = 502
 
 
-class UpstreamTimeoutError(ShimError):
+class UpstreamTimeoutError(UpstreamFault):
     """504: upstream was silent for longer than the limit."""
 
     status = 504
@@ -321,7 +328,7 @@ def openai_error(error: ShimError) -> Tuple[int, JSON]:
     message, param = error.message, error.param
     if error.status == 400 and _TOO_LONG.search(message):
         # Roo, Cline and LiteLLM look for these words, Codex and LangChain for the code.
-        message += " (prompt is too long: it exceeds the model's maximum context length)"
+        message += " (prompt is too long: this model's maximum context length is exceeded)"
         code, param = "context_length_exceeded", param or "messages"
     elif error.status == 400 and _NO_CREDIT.search(message):
         status, type_, code = OPENAI_ERRORS[402]
@@ -4521,6 +4528,8 @@ class App:
             kept = [(k, v) for k, v in headers if _RELAYED_TO_CLIENT.fullmatch(k) or k == "allow"]
         else:
             status, body = openai_error(error)
+            if body["error"]["code"] == "insufficient_quota":
+                headers.append(("x-should-retry", "false"))
             kept = [*openai_headers(headers, time.time()), ("content-type", "application/json")]
             kept += [(k, v) for k, v in headers if k == "allow"]
             kept += [("x-request-id", v) for k, v in headers if k == "request-id"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import difflib
 import inspect
@@ -96,6 +97,10 @@ class Upstream:
     @property
     def messages(self) -> list[Received]:
         return self.received("/v1/messages")
+
+    def told(self, words: str) -> list[Received]:
+        """The /v1/messages requests whose body holds these words."""
+        return [r for r in self.messages if words.encode() in r.raw]
 
     @property
     def last(self) -> Received:
@@ -200,14 +205,18 @@ def same(found: Any, wanted: Any, about: str = "") -> None:
     raise AssertionError("\n".join([about, *lines]))
 
 
-def each(rows: Iterable[Any], function: Callable[[Any], Any]) -> None:
+def each(rows: Iterable[Any], function: Callable[[Any], Any], at_once: int = 1) -> None:
     """Calls `function` for each row; one AssertionError tells of all the rows that fail."""
-    problems = []
-    for row in rows:
+
+    def problem(row: Any) -> str:
         try:
             function(row)
         except Exception as error:
-            problems.append(f"{row}: {type(error).__name__}: {error}"[:1500])
+            return f"{row}: {type(error).__name__}: {error}"[:1500]
+        return ""
+
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        problems = [text for text in pool.map(problem, rows) if text]
     if problems:
         raise AssertionError("\n".join(problems))
 
