@@ -259,7 +259,7 @@ class UpstreamUnreachableError(ShimError):
 
 
 class UpstreamFault(ShimError):
-    """An answer that failed after it was ordered, and so may be paid for: not to be ordered again."""
+    """An answer that failed after it was ordered: it may be paid for, so nobody orders it again."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, headers=[("x-should-retry", "false")])
@@ -5112,10 +5112,11 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def _read_head(self) -> Optional[Head]:
         """The next head; None when the client closed, or was idle for too long."""
-        limits = self.server.limits
-        if not self._buffer and not self.server.wait_idle(self.request):
+        if not self._buffer and self.server.wait_idle(self.request):
+            self._buffer = self.request.recv(1 << 16)
+        if not self._buffer:
             return None
-        deadline = time.monotonic() + limits.head_seconds
+        deadline = time.monotonic() + self.server.limits.head_seconds
         while True:
             if self._buffer.startswith(b"\r\n"):
                 self._buffer = self._buffer[2:]  # RFC 9112 2.2: one empty line may come before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import enum
-import functools
 import importlib.util
 import json
 import os
@@ -818,8 +817,7 @@ def unknown_model() -> None:
 
 @check("errors: unknown paths and wrong methods are JSON")
 def unknown_paths() -> None:
-    embed = functools.partial(client.embeddings.create, model="x", input="y")
-    error = raised(embed)
+    error = raised(lambda: client.embeddings.create(model="x", input="y"))
     assert isinstance(error, openai.NotFoundError) and error.body["message"], repr(error)
     error = raised(lambda: client.get("/chat/completions/", cast_to=object))
     assert error.status_code in (404, 405) and error.body["message"], repr(error)
@@ -830,7 +828,7 @@ def unknown_paths() -> None:
 @check("client keys: the wrong one is a 401 before upstream, the right one passes")
 def client_keys() -> None:
     with shim(CLAUDE_SHIM_API_KEY="let-me-in") as url:
-        error = raised(lambda: client_of(url).models.list())
+        error = raised(client_of(url).models.list)
         assert isinstance(error, openai.AuthenticationError), repr(error)
         same((error.code, upstream.received()), ("invalid_api_key", []))
         right = OpenAI(base_url=url + "/v1", api_key="let-me-in")

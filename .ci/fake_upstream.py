@@ -274,7 +274,7 @@ class Handler(BaseHTTPRequestHandler):
         if count:
             return self.send_json(200, {"input_tokens": 10 + len(raw) // 4})
         if "hang" in script.marks:
-            time.sleep(HANG_SECONDS)
+            self.wait_for_hang_up()
         if call.body.get("stream"):
             return self.send_stream(stream, made.ending, script.marks)
         if made.ending == "message_stop":

@@ -33,6 +33,7 @@ UPSTREAM_KEY = "sk-ant-api03-test"
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
 SETTLE_SECONDS = 5.0
 START_SECONDS = 15.0
+SLOW_SECONDS = 2.0
 CHECK_SECONDS = 40
 TIMEOUT = 10.0  # of the clients: a shim that hangs is to fail soon
 PROMPT_TOKENS = 12 + 1500 + 8000  # input + written to the cache + read from it, see scenarios.INPUT
@@ -249,8 +250,10 @@ def run(name: str, invariant: Callable[[Received], None] | None = None) -> int:
             failed += 1
             report(f"{name}: {title}", error)
         else:
-            spent = time.monotonic() - begun
-            print(f"ok   {name}: {title}" + (f" ({spent:.1f} s)" if spent > 1 else ""), flush=True)
+            print(f"ok   {name}: {title}", flush=True)
+        spent = time.monotonic() - begun
+        if spent > SLOW_SECONDS:
+            print(f"     {spent:.1f} s", flush=True)
     signal.alarm(0)
     return 1 if failed else 0
 
