@@ -685,8 +685,9 @@ def resolved_model_id(name: str, aliases: Dict[str, str], live: Sequence[Model])
     alias = _ALIAS.match(bare)
     if not alias:
         return bare.replace(".", "-") if bare.startswith("claude-") else bare
-    pinned = aliases.get(alias.group(1))
-    return pinned or newest_of_line(alias.group(1), live)
+    pinned = aliases.get(alias.group(1), bare)
+    line = _ALIAS.match(pinned)
+    return newest_of_line(line.group(1), live) if line else pinned
 
 
 def newest_of_line(line: str, live: Sequence[Model]) -> str:
@@ -779,6 +780,8 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0
 
 _CHUNK_START = re.compile(rb"(?:[0-9A-Fa-f]{1,8}[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?")
 
+_TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n){0,64}")
+
 
 class ChunkedDecoder:
     """RFC 9112 chunked coding: `feed` returns body bytes; `done` after the last chunk and trailers.
@@ -835,10 +838,13 @@ class ChunkedDecoder:
     def _after_chunks(self) -> None:
         empty = self._pending.startswith(b"\r\n")
         end = 2 if empty else self._pending.find(b"\r\n\r\n") + 4
-        if empty or end >= 4:
-            self.done, self.rest, self._pending = True, self._pending[end:], b""
-        elif len(self._pending) > _MAX_TRAILER:
+        whole = empty or end >= 4
+        if (end if whole else len(self._pending)) > _MAX_TRAILER:
             raise ProtocolError("the trailers of the body are too long")
+        if whole:
+            if not _TRAILERS.fullmatch(self._pending[: end - 2]):
+                raise ProtocolError("the trailers of the body are malformed")
+            self.done, self.rest, self._pending = True, self._pending[end:], b""
 
 
 def chunk(piece: bytes) -> bytes:
@@ -898,12 +904,9 @@ class EventDecoder:
 
 def event_data(block: bytes) -> bytes:
     """Return the joined data lines of one event; empty when it has none."""
-    if block.count(b"\ndata:") + block.startswith(b"data:") == 1 and not block.startswith(b":"):
-        start = 0 if block.startswith(b"data:") else block.index(b"\ndata:") + 1
-        return block[start + 5 : block.index(b"\n", start)].lstrip(b" ")
     lines = (line for line in block.split(b"\n") if line.startswith(b"data"))
     values = [line[5:] for line in lines if line[4:5] == b":"]
-    return b"\n".join(value[1:] if value[:1] == b" " else value for value in values)
+    return b"\n".join([value[1:] if value[:1] == b" " else value for value in values])
 
 
 def server_sent_event(data: bytes, name: str = "") -> bytes:
@@ -926,7 +929,7 @@ IMAGE_TYPES = {
     b"\x89PNG\r\n": "image/png",
     b"\xff\xd8\xff": "image/jpeg",
     b"GIF8": "image/gif",
-    b"RIFF": "image/webp",
+    b"RIFF": "image/webp",  # and "WEBP" four bytes later
 }
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
@@ -986,7 +989,8 @@ def _image_from_base64(declared: str, payload: str, path: str) -> JSON:
     start = _base64_start(payload)
     sniffed = next((type_ for magic, type_ in IMAGE_TYPES.items() if start.startswith(magic)), None)
     media_type = sniffed or declared.replace("image/jpg", "image/jpeg")
-    if media_type not in IMAGE_TYPES.values():
+    other_riff = sniffed == "image/webp" and start[8:12] != b"WEBP"
+    if media_type not in IMAGE_TYPES.values() or other_riff:
         shown = declared[:60] or "unknown type"
         raise RequestError(f"Claude reads png, jpeg, gif and webp images, not {shown}", param=path)
     source = {"type": "base64", "media_type": media_type, "data": payload}
@@ -1056,6 +1060,8 @@ def _upgraded_schema(schema: Any) -> Any:
     if isinstance(new.get("definitions"), dict):
         given = new.get("$defs")
         new["$defs"] = {**new.pop("definitions"), **(given if isinstance(given, dict) else {})}
+    if isinstance(new.get("items"), list):
+        new["prefixItems"] = new.pop("items")
     if isinstance(new.get("$ref"), str):
         new["$ref"] = re.sub(r"^#/definitions/", "#/$defs/", new["$ref"])
     for exclusive, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
@@ -1090,16 +1096,32 @@ def tool_schema(parameters: Any, path: str) -> JSON:
 
 
 def _merged_union(schema: JSON, union: str, path: str) -> JSON:
-    branches = [branch for branch in as_list(schema[union], path) if isinstance(branch, dict)]
-    properties: JSON = {}
+    """The union's branches as one object; a property that differs takes what any of them takes."""
+    branches = [_referenced(branch, schema) for branch in as_list(schema[union], path)]
+    properties: Dict[str, List[Any]] = {}
     for branch in branches:
-        properties.update(_object_or_empty(branch.get("properties")))
+        for name, member in _object_or_empty(branch.get("properties")).items():
+            kinds = properties.setdefault(name, [])
+            kinds.extend([member] if member not in kinds else [])
+    keyword = "allOf" if union == "allOf" else "anyOf"
+    joined = {
+        k: kinds[0] if len(kinds) == 1 else {keyword: kinds} for k, kinds in properties.items()
+    }
     required = [set(_names_in(branch.get("required"))) for branch in branches] or [set()]
     common = set.union(*required) if union == "allOf" else set.intersection(*required)
     merged = {k: v for k, v in schema.items() if k != union}
-    merged["properties"] = {**properties, **_object_or_empty(schema.get("properties"))}
+    merged["properties"] = {**joined, **_object_or_empty(schema.get("properties"))}
     needed = [*_names_in(schema.get("required")), *sorted(common)]
     return {**merged, "required": list(dict.fromkeys(needed))} if needed else merged
+
+
+def _referenced(branch: Any, schema: JSON) -> JSON:
+    """A branch of a union, or the definition that it refers to."""
+    reference = _object_or_empty(branch).get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/$defs/"):
+        name = reference[len("#/$defs/") :]
+        return _object_or_empty(_object_or_empty(schema.get("$defs")).get(name))
+    return _object_or_empty(branch)
 
 
 def _object_or_empty(value: Any) -> JSON:
@@ -1134,7 +1156,8 @@ def _constrained(schema: Any, gone: List[str]) -> Any:
     new: JSON = {}
     hints: List[str] = []
     for keyword, value in schema.items():
-        keyword = "anyOf" if keyword == "oneOf" else keyword
+        if keyword == "oneOf" and "anyOf" not in schema:
+            keyword = "anyOf"
         if _keyword_allowed(keyword, value):
             new[keyword] = _constrained_member(keyword, value, gone)
         else:
@@ -1157,6 +1180,8 @@ def _keyword_allowed(keyword: str, value: Any) -> bool:
         return value in (0, 1)
     if keyword == "format":
         return isinstance(value, str) and value in SCHEMA_FORMATS
+    if keyword == "$ref":
+        return isinstance(value, str) and value.startswith("#")
     return keyword in SCHEMA_KEYWORDS
 
 
@@ -1198,7 +1223,8 @@ class Draft:
 
     def add_tool(self, tool: JSON) -> None:
         """Add a tool; a later one of the same name replaces it, as Anthropic takes no twins."""
-        others = [t for t in self.request.get("tools", ()) if t.get("name") != tool.get("name")]
+        name = tool.get("name")  # sets of tools have none
+        others = [t for t in self.request.get("tools", ()) if name is None or t.get("name") != name]
         self.request["tools"] = [*others, tool]
 
     def require_tools(self, choice: JSON) -> None:
@@ -1288,11 +1314,17 @@ def _distinct_calls(blocks: List[JSON], seen: List[str]) -> Tuple[List[JSON], Di
         if block["type"] == "tool_use":
             if block["id"] in calls:
                 continue
-            new = f"{block['id']}_{len(seen)}" if block["id"] in seen else block["id"]
+            new = _unused(block["id"], [*seen, *calls.values()])
             calls[block["id"]] = new
             block = {**block, "id": new}
         kept.append(block)
     return kept, calls
+
+
+def _unused(id: str, seen: List[str]) -> str:
+    if id not in seen:
+        return id
+    return next(new for n in itertools.count(1) if (new := f"{id}_{n}") not in seen)
 
 
 def _results_first(blocks: List[JSON], calls: Dict[str, str]) -> List[JSON]:
@@ -1366,6 +1398,8 @@ def _small_answer_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
 
 def _thinking_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
     thinking = request.get("thinking")
+    if thinking and thinking.get("type") == "enabled" and "enabled" in model.thinking:
+        return _with_budget(request, thinking.get("budget_tokens"))
     if not thinking or thinking.get("type") in model.thinking:
         return request
     if thinking.get("type") in ("disabled", "between_tools"):
@@ -1377,18 +1411,20 @@ def _thinking_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
         kept = {"type": "adaptive", "display": thinking.get("display", "summarized")}
         return {**request, "thinking": kept}
     if "enabled" in model.thinking:
-        return _with_budget(request)
+        effort = request.get("output_config", {}).get("effort", "high")
+        return _with_budget(request, _BUDGETS.get(effort))
     changed.append("thinking")
     return _without(request, "thinking")
 
 
-def _with_budget(request: JSON) -> JSON:
-    """Thinking with a budget, for models before 4.6: from 1,024 tokens to under max_tokens."""
-    effort = request.get("output_config", {}).get("effort", "high")
-    budget = min(_BUDGETS.get(effort, 16384), request.get("max_tokens", 1 << 20) - 1)
-    if budget < 1024:
+def _with_budget(request: JSON, budget: Any) -> JSON:
+    """Thinking with a budget, for models up to 4.6: from 1,024 tokens to under max_tokens."""
+    wanted = budget if isinstance(budget, int) else _BUDGETS["high"]
+    capped = min(wanted, request.get("max_tokens", 1 << 20) - 1)
+    if capped < 1024:
         return _without(request, "thinking")
-    return {**request, "thinking": {"type": "enabled", "budget_tokens": budget}}
+    thinking = {**request["thinking"], "type": "enabled", "budget_tokens": capped}
+    return {**request, "thinking": thinking}
 
 
 def _effort_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
@@ -1460,7 +1496,8 @@ def _prefill_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
     last = request["messages"][-1]
     if last["role"] != "assistant":
         return request
-    if not model.prefill:
+    thinks = request.get("thinking", {}).get("type") == "enabled"
+    if not model.prefill or thinks or "format" in request.get("output_config", {}):
         nudge = {"role": "user", "content": [{"type": "text", "text": "Continue."}]}
         return {**request, "messages": [*request["messages"], nudge]}
     *blocks, final = last["content"]
@@ -1511,7 +1548,10 @@ MODEL_RULES: Tuple[Callable[[JSON, Model, List[str]], JSON], ...] = (
 
 # A 400 of upstream that names what the table did not know: pattern -> what the model does not take.
 REFUSALS: Tuple[Tuple[Pattern[str], JSON], ...] = (
-    (re.compile(r"`?(temperature|top_p|top_k)`?"), {"sampling": False}),
+    (
+        re.compile(r"`(?:temperature|top_p|top_k)`|^(?:temperature|top_p|top_k)\b"),
+        {"sampling": False},
+    ),
     (
         re.compile(r"tool_choice.*not supported|tool_choice forces tool use"),
         {"forced_tool_choice": False},
@@ -1591,6 +1631,7 @@ def limited_cache_marks(request: JSON) -> JSON:
 
     The earliest marks of the messages go first, as the later ones reach further.
     """
+    request = _with_one_lifetime(request)
     marks = _cache_marks(request)
     hour_after_five = _hour_after_five_minutes(marks)
     if len(marks) <= MAX_CACHE_MARKS and not hour_after_five:
@@ -1604,6 +1645,15 @@ def limited_cache_marks(request: JSON) -> JSON:
         for place in _cache_marks(fresh):
             place["cache_control"] = {"type": "ephemeral"}
     return fresh
+
+
+def _with_one_lifetime(request: JSON) -> JSON:
+    """The mark at the top lives as long as that of the last block: else that is a 400."""
+    places = [place for place in _marked_places(request) if place.get("type") != "thinking"]
+    last = places[-1].get("cache_control") if places else None
+    top = request.get("cache_control")
+    differ = top and last and top.get("ttl", "5m") != last.get("ttl", "5m")
+    return {**request, "cache_control": last} if differ else request
 
 
 def _hour_after_five_minutes(marks: Sequence[JSON]) -> bool:
@@ -1733,7 +1783,9 @@ class MessageAssembler(EventSink):
             return b""
         block = self._blocks[-1]
         if delta.get("type") == "citations_delta":
-            block["citations"] = [*(block.get("citations") or ()), delta.get("citation")]
+            given = block.get("citations")
+            known = given if isinstance(given, list) else []
+            block["citations"] = [*known, delta.get("citation")]
         elif delta.get("type") == "signature_delta":
             block["signature"] = delta.get("signature")
         else:
@@ -1754,8 +1806,8 @@ class MessageAssembler(EventSink):
 
     def _on_message_delta(self, event: JSON) -> bytes:
         if self.message is not None:
-            delta = event.get("delta")
-            self.message.update(delta if isinstance(delta, dict) else {})
+            delta = _object_or_empty(event.get("delta"))
+            self.message.update({k: delta[k] for k in _MESSAGE_DELTA if k in delta})
             self.message["usage"] = merged_usage(self.message["usage"], event.get("usage"))
         return b""
 
@@ -1763,6 +1815,8 @@ class MessageAssembler(EventSink):
         self.complete = self.message is not None
         return b""
 
+
+_MESSAGE_DELTA = ("stop_reason", "stop_sequence", "stop_details", "container")
 
 # The member of a delta that holds its piece of text.
 DELTA_TEXT = {
@@ -1788,7 +1842,7 @@ def _parsed_input(text: str, given: Any) -> JSON:
 _TEXT_DELTA = (
     rb"event: content_block_delta\n"
     rb'data: \{"type":"content_block_delta","index":\d{1,6},"delta":\{"type":"text_delta","text":"'
-    rb'(%b[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*)"\} *\}\n\n'
+    rb'(?!")(%b[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*)"\} *\}\n\n'
 )
 TEXT_DELTA = re.compile(_TEXT_DELTA % b"")
 _TEXT_RUN = re.compile(b"(?:" + _TEXT_DELTA % b"?:" + b")+")
@@ -1885,20 +1939,24 @@ class TurnJoiner:
 
     def __init__(self) -> None:
         self.paused = False
+        self._resumed = False
         self._blocks = 0  # of the earlier messages
         self._spent: JSON = {}
         self._part = MessageAssembler()
 
     def feed(self, event: JSON) -> Optional[JSON]:
         """Return the event as the client is to see it; None when it must not."""
-        type_, started = event.get("type"), self._blocks > 0
-        self._part.feed(event) if type_ != "error" else None
+        type_ = event.get("type")
+        if type_ != "error":
+            self._part.feed(event)
         message = self._part.message or {}
         if type_ == "message_delta":
             self.paused = message.get("stop_reason") == "pause_turn"
             usage = _summed_usage(self._spent, message.get("usage", {}))
             return None if self.paused else {**event, "usage": usage}
-        if (type_ == "message_start" and started) or (type_ == "message_stop" and self.paused):
+        if (type_ == "message_start" and self._resumed) or (
+            type_ == "message_stop" and self.paused
+        ):
             return None
         if isinstance(event.get("index"), int):
             return {**event, "index": event["index"] + self._blocks}
@@ -1910,7 +1968,7 @@ class TurnJoiner:
         self._blocks += len(message["content"])
         self._spent = _summed_usage(self._spent, message["usage"])
         self._part = MessageAssembler()
-        self.paused = False
+        self.paused, self._resumed = False, True
         turn = {"role": "assistant", "content": message["content"]}
         last = request["messages"][-1]
         if last["role"] == "assistant":
@@ -3216,6 +3274,25 @@ class ClientKeys:
         """Return what must never be shown."""
         return [key.decode() for key in self._keys.values()]
 
+    def stripped(self, client: Dict[str, str]) -> Dict[str, str]:
+        """Return a request's headers without our own keys, which must never go upstream."""
+        return {
+            name: value
+            for name, value in client.items()
+            if not self._named(
+                [key.encode("utf-8", "replace") for key in shown_keys({name: value})]
+            )
+        }
+
+    def _named(self, shown: List[bytes]) -> List[str]:
+        """The names of the keys among those shown; all are compared, whatever is found."""
+        return [
+            name
+            for name, key in self._keys.items()
+            for candidate in shown
+            if hmac.compare_digest(key, candidate)
+        ]
+
     def name_of(self, client: Dict[str, str]) -> str:
         """Return the name of the key that a request's headers show.
 
@@ -3224,12 +3301,7 @@ class ClientKeys:
         if not self._keys:
             return ""
         shown = [text.encode("utf-8", "replace") for text in shown_keys(client)]
-        found = [
-            name
-            for name, key in self._keys.items()
-            for candidate in shown
-            if hmac.compare_digest(key, candidate)
-        ]
+        found = self._named(shown)
         if found:
             return found[0]
         reason = "wrong" if shown else "missing"
@@ -3263,6 +3335,8 @@ def parsed_client_keys(text: str, source: str) -> Dict[str, str]:
         if len(words) > 2:
             raise ConfigError(f"{source}, line {number}: expected a key, or a name and a key")
         name = words[0] if len(words) == 2 else f"line {number}"
+        if name in keys:
+            raise ConfigError(f"{source}, line {number}: the name {name} is taken")
         keys[name] = checked_secret(words[-1], f"{source}, line {number}")
     if not keys:
         raise ConfigError(f"{source} holds no key")
@@ -3496,6 +3570,7 @@ class UpstreamConnection(Source):
 
     def _read_head(self, request: UpstreamRequest) -> Tuple[int, HeaderList]:
         deadline = time.monotonic() + (request.patience or self._limits.first_byte)
+        begun = False
         while True:
             end = self._buffer.find(b"\r\n\r\n")
             if end >= 0:
@@ -3506,14 +3581,22 @@ class UpstreamConnection(Source):
                 continue  # 100 Continue, 103 Early Hints
             if len(self._buffer) > MAX_HEAD_BYTES:
                 raise UpstreamCutError("upstream sent an endless response head")
-            if not self._pending() and not request.watch.wait(
-                self.sock, deadline - time.monotonic()
-            ):
-                raise UpstreamTimeoutError("upstream did not start to answer in time")
+            self._buffer += self._head_burst(request, deadline, begun)
+            begun = True
+
+    def _head_burst(self, request: UpstreamRequest, deadline: float, begun: bool) -> bytes:
+        left = deadline - time.monotonic()
+        if left <= 0 or not (self._pending() or request.watch.wait(self.sock, left)):
+            raise UpstreamTimeoutError("upstream did not start to answer in time")
+        try:
             burst = self.sock.recv(_BURST)
-            if not burst:
-                raise ConnectionResetError("upstream closed the connection without an answer")
-            self._buffer += burst
+            if burst:
+                return burst
+            raise ConnectionResetError("upstream closed the connection without an answer")
+        except ConnectionError as error:
+            if begun:  # then it may have acted on the request
+                raise UpstreamCutError(f"upstream broke off in the head: {error}") from None
+            raise
 
     def _pending(self) -> bool:
         return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
@@ -3599,8 +3682,9 @@ class PooledHandler(urllib.request.BaseHandler):
 
     def http_open(self, call: UpstreamCall) -> UpstreamResponse:
         head = call.head()
+        taken = self._taken()
         while True:
-            connection = self._taken() or self._connected(call)
+            connection, taken = taken or self._connected(call), None
             try:
                 return connection.exchange(head, call.request)
             except OSError as error:
@@ -3873,7 +3957,7 @@ def _final(
 # A Messages upstream inside the file, for wiring up a client without a credential. It answers the
 # same bytes to the same question, by the same events as the real one, and never leaves the process.
 
-ECHO_ERROR = re.compile(r"\[echo error (\d{3})\]")
+ECHO_ERROR = re.compile(r"\[echo error ([45]\d\d)\]")
 _ECHO_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -4004,6 +4088,11 @@ class EchoUpstream(Upstream):
         return self._error(404, "the echo has messages and nothing else")
 
     def _message(self, body: JSON) -> UpstreamResponse:
+        for field in ("thinking", "output_config", "tool_choice"):
+            as_object(body.get(field) or {}, field)
+        as_list(body.get("messages"), "messages")
+        for number, tool in enumerate(as_list(body.get("tools") or [], "tools")):
+            as_text(as_object(tool, f"tools.{number}").get("name"), f"tools.{number}.name")
         wanted = ECHO_ERROR.search(echo_text(body))
         if wanted:
             return self._error(int(wanted.group(1)), "you asked for this error")
@@ -4065,7 +4154,7 @@ class Log:
 
     def __init__(self, stream: Optional[TextIO] = None, secrets: Iterable[str] = ()) -> None:
         self._stream = stream
-        self._secrets = [secret for secret in secrets if secret]
+        self._secrets = sorted(filter(None, secrets), key=len, reverse=True)  # the longest first
         self._lock = threading.Lock()
         self._told: List[str] = []
 
@@ -4159,9 +4248,6 @@ class RelayTransform(Transform):
     """
 
     heartbeat = server_sent_event(b'{"type": "ping"}', "ping")
-    _LAST = re.compile(
-        rb"event: ?(?:message_stop|error)\r?\n|\"type\": ?\"(?:message_stop|error)\""
-    )
 
     def __init__(self) -> None:
         self._rest = b""
@@ -4174,15 +4260,25 @@ class RelayTransform(Transform):
         self._rest = buffer[end:]
         if len(self._rest) > MAX_EVENT_BYTES:
             raise UpstreamCutError(f"upstream sent an event of more than {MAX_EVENT_BYTES} bytes")
-        self._tail = buffer[max(0, end - 4096) : end] or self._tail
+        self._tail = (self._tail + buffer[max(0, end - 4096) : end])[-4096:]
         return buffer[:end]
 
     def end(self, error: Optional[ShimError] = None) -> bytes:
-        self.complete = bool(self._LAST.search(self._tail))
-        if self.complete:
+        last = self._last_type()
+        self.complete = last == "message_stop"
+        if last in ("message_stop", "error"):
             return self._rest
         cut = error or UpstreamCutError("upstream ended in the middle of the answer")
         return server_sent_event(dumps(anthropic_error(cut)[1]), "error")
+
+    def _last_type(self) -> Any:
+        """The type of the last event that went by, pings apart."""
+        blocks = EventDecoder().feed(self._tail).split(b"\n\n")
+        with contextlib.suppress(UpstreamCutError):
+            events = [parsed_event(block + b"\n\n") for block in blocks[-3:]]
+            types = [event.get("type") for event in events if event]
+            return next((type_ for type_ in reversed(types) if type_ != "ping"), "")
+        return ""
 
 
 class ResumingSource(Source):
@@ -4386,8 +4482,9 @@ ROUTES: Tuple[Route, ...] = (
 )
 
 _PREFIXES = re.compile(
-    r"^(?:/openai(?=/|$)|/api(?=/v1)|/engines/[^/]+(?=/)|/deployments/[^/]+(?=/))"
+    r"^(?:/openai(?=/|$)|/api(?=/v1)|(?:/v1)?/(?:engines|deployments)/[^/]+(?=/))"
 )
+_DOTS = re.compile(r"/(?:\.|%2e){1,2}(?=/|$)", re.IGNORECASE)
 _DEPLOYMENT = re.compile(r"/(?:deployments|engines)/([^/]+)/")
 _TWICE = re.compile(
     r"^/v1/(?:chat/completions|completions|messages|responses)(?:/v1)?"
@@ -4413,8 +4510,12 @@ def _normalised(path: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def route_of(path: str) -> Optional[Route]:
-    """Return the route of a normalised path."""
-    return next((route for route in ROUTES if route.serves(path)), None)
+    """Return the route of a normalised path; none for one with dots, which could climb upstream."""
+    return (
+        None
+        if _DOTS.search(path)
+        else next((route for route in ROUTES if route.serves(path)), None)
+    )
 
 
 def speaks_anthropic(path: str, headers: Dict[str, str]) -> bool:
@@ -4656,7 +4757,7 @@ class App:
             ("content-type", "application/json"),
             ("accept", "text/event-stream"),
             ("user-agent", f"claude-shim/{__version__}"),
-            *self.credential.headers(request.headers),
+            *self._credential_headers(request.headers),
             *([("anthropic-beta", ",".join(dict.fromkeys(betas)))] if betas else []),
         ]
         call = UpstreamRequest("POST", "/v1/messages", headers, dumps(body), request.watch)
@@ -4711,7 +4812,7 @@ class App:
         passed = [(k, v) for k, v in request.headers.items() if _RELAYED_TO_UPSTREAM.fullmatch(k)]
         if "anthropic-version" not in request.headers:
             passed.append(("anthropic-version", "2023-06-01"))
-        headers = [*passed, *self.credential.headers(request.headers)]
+        headers = [*passed, *self._credential_headers(request.headers)]
         call = UpstreamRequest(request.method, path, headers, request.body, request.watch)
         response = self.upstream.send(call)
         kept = [(k, v) for k, v in response.headers if _RELAYED_TO_CLIENT.fullmatch(k)]
@@ -4721,6 +4822,9 @@ class App:
             return head._replace(body=read_error_body(response))
         transform = RelayTransform() if response.is_event_stream() else Transform()
         return head._replace(body=Stream(response.source, transform))
+
+    def _credential_headers(self, client: Dict[str, str]) -> HeaderList:
+        return self.credential.headers(self.policy.client_keys.stripped(client))
 
     # --- models and health
 
@@ -4748,7 +4852,7 @@ class App:
         headers = [
             ("anthropic-version", "2023-06-01"),
             ("user-agent", f"claude-shim/{__version__}"),
-            *self.credential.headers(client),
+            *self._credential_headers(client),
         ]
         return self.upstream.send(UpstreamRequest("GET", path, headers, b"", patience=5.0))
 
@@ -4933,7 +5037,7 @@ def parsed_head(head: bytes) -> Head:
 def _with_authority(head: Head) -> Head:
     """Check Host; an absolute-form target replaces it (RFC 9112 3.2.2)."""
     hosts = head.values("host")
-    if len(hosts) != 1 and (hosts or head.minor_version == 1):
+    if (len(hosts) != 1 or not hosts[0]) and (hosts or head.minor_version == 1):
         raise ProtocolError("expected one Host header")
     if head.target.startswith("/") or (head.target == "*" and head.method == "OPTIONS"):
         return head
@@ -4983,7 +5087,7 @@ def check_origin(head: Head, allowed_hosts: FrozenSet[str]) -> None:
         name = host_name(origin.partition("://")[2]) if "://" in origin else ""
         if name not in allowed_hosts and not is_loopback(name):
             raise ForbiddenError("web pages of other sites may not call claude_shim")
-    if set(head.values("sec-fetch-site")) & {"cross-site"}:
+    if set(head.values("sec-fetch-site")) & {"cross-site", "same-site"}:
         raise ForbiddenError("web pages of other sites may not call claude_shim")
 
 
@@ -5064,8 +5168,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Answer the request whose head was read; `_record` says how it went."""
         try:
             check_origin(head, self.server.allowed_hosts)
-            framing = request_framing(head, self.server.limits.max_body)
             key_name = self.server.app.admit(head.method, head.target, head.headers())
+            framing = request_framing(head, self.server.limits.max_body)
             body = self._read_body(head, framing)
         except ShimError as error:
             status = self._refuse(error, head, request_id)
@@ -5117,9 +5221,12 @@ class ClientConnection(socketserver.BaseRequestHandler):
         if not self._buffer:
             return None
         deadline = time.monotonic() + self.server.limits.head_seconds
+        skipped = False
         while True:
             if self._buffer.startswith(b"\r\n"):
-                self._buffer = self._buffer[2:]  # RFC 9112 2.2: one empty line may come before
+                if skipped:
+                    raise ProtocolError("the request line is malformed")
+                self._buffer, skipped = self._buffer[2:], True  # RFC 9112 2.2 allows one
             end = self._buffer.find(b"\r\n\r\n")
             self._check_head_size(self._buffer[: end if end >= 0 else None])
             if end >= 0:
@@ -5132,11 +5239,12 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def _check_head_size(self, head: bytes) -> None:
         limits = self.server.limits
-        line, _, rest = head.partition(b"\r\n")
+        line, *fields = head.rstrip(b"\r\n").split(b"\r\n")
         if len(line) > limits.max_line:
             raise TargetTooLongError(f"the request line is over {limits.max_line} bytes")
-        too_many = rest.count(b"\r\n") >= limits.max_fields
-        if too_many or len(rest) > 4 * limits.max_line:
+        longest, total = max(map(len, fields), default=0), sum(map(len, fields))
+        too_long = longest > limits.max_line or total > 4 * limits.max_line
+        if len(fields) > limits.max_fields or too_long:
             raise HeadersTooLargeError("the header fields are too many or too long")
         if b"\n" in head.replace(b"\r\n", b""):
             raise ProtocolError("a line of the head ends in a bare LF")
@@ -5521,6 +5629,8 @@ def _url(text: str) -> str:
         raise ValueError("expected a URL such as https://api.anthropic.com")
     if parts.username is not None:
         raise ValueError("a URL must not hold a password")
+    if parts.port == 0:  # and ValueError for one that is none
+        raise ValueError("expected a port over 0")
     return re.sub(r"/v1/?$", "", text.rstrip("/"))
 
 
@@ -5700,7 +5810,8 @@ def settings_from(
         try:
             values[option.field] = option.parse(text)
         except ValueError as error:
-            raise ConfigError(f"{source}: {error}, got {text!r}") from None
+            got = "" if option.metavar in ("URL", "HEADER") else f", got {text!r}"  # may be secret
+            raise ConfigError(f"{source}: {error}{got}") from None
     unknown = sorted(set(file) - {option.flag for option in OPTIONS})
     if unknown:
         raise ConfigError(f"the configuration file has an unknown setting: {unknown[0]}")
@@ -5738,7 +5849,7 @@ def config_values(path: Optional[str], environment: Dict[str, str]) -> Dict[str,
 def read_text(path: str) -> str:
     """Return the text of a file; ConfigError with the reason when it cannot be read."""
     try:
-        with open(os.path.expanduser(path), encoding="utf-8") as file:
+        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
             return file.read(1 << 20)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"

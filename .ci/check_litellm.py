@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import litellm
-from harness import OUTPUT_TOKENS, PROMPT_TOKENS, SHIM, TIMEOUT, check, run, same, upstream
+from harness import OUTPUT_TOKENS, PROMPT_TOKENS, SHIM, TIMEOUT, check, each, run, same, upstream
 from pydantic import BaseModel, Field
 from samples import PNG_BASE64
 
@@ -117,19 +117,28 @@ def images() -> None:
         same((source["media_type"], source["data"]), ("image/png", PNG_BASE64), str(route))
 
 
+ERRORS = (
+    ("400", litellm.BadRequestError),
+    ("400 prompt is too long: 5 tokens > 4 maximum", litellm.ContextWindowExceededError),
+    ("401", litellm.AuthenticationError),
+    ("404", litellm.NotFoundError),
+    ("429 retry-after=1", litellm.RateLimitError),
+    ("529", (litellm.ServiceUnavailableError, litellm.InternalServerError)),
+)
+
+
 @check("errors are LiteLLM's own classes")
 def errors() -> None:
-    rows = {
-        "400 prompt is too long: 5 tokens > 4 maximum": litellm.ContextWindowExceededError,
-        "401": litellm.AuthenticationError, "429": litellm.RateLimitError,
-        "529": (litellm.ServiceUnavailableError, litellm.InternalServerError),
-    }  # fmt: skip
-    for mark, kinds in rows.items():
-        try:
-            ask(ROUTES[0], f"[[error {mark}]]")
-        except kinds:
-            continue
-        raise AssertionError(f"{mark} did not raise {kinds}")
+    each(ERRORS, one_error, at_once=6)
+
+
+def one_error(row: Any) -> None:
+    mark, kinds = row
+    try:
+        ask(ROUTES[0], f"[[error {mark}]]")
+    except kinds:
+        return
+    raise AssertionError("no error")
 
 
 if __name__ == "__main__":

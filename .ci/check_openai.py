@@ -847,6 +847,31 @@ def hang_up() -> None:
     same(upstream.last.aborted, True)
 
 
+@check("sixteen clients at once, some of whom hang up: each gets its own answer")
+def many_at_once() -> None:
+    marks = ("", "[[pause]]", "[[citations]]", "[[thinking]]", "[[bytes]]", "[[error 529 x1]]",
+             "[[error 400]]", "[[cut]]")  # fmt: skip
+    each([(n, marks[n % len(marks)]) for n in range(160)], one_of_many, at_once=16)
+
+
+def one_of_many(row: tuple[int, str]) -> None:
+    number, mark = row
+    fields: JSON = {"web_search_options": {}} if mark in ("[[pause]]", "[[citations]]") else {}
+    text = f"{mark} I am number {number}."
+    if mark in ("[[error 400]]", "[[cut]]"):
+        raised(lambda: ask(text))
+        return
+    stream = ask(text, stream=True, **fields)
+    if number % 3 == 0:
+        next(iter(stream))
+        stream.close()
+    answer = ask(text, **fields).choices[0].message.content
+    wanted = {"[[pause]]": "Before. After.", "[[citations]]": "I look it up. 21C."}
+    same(answer, wanted.get(mark, f"echo: I am number {number}."))
+    if number % 3:
+        same("".join(deltas(list(stream), "content")), answer)
+
+
 # --- models, legacy completions, tables -----------------------------------------------------------
 
 

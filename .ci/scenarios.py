@@ -219,6 +219,7 @@ def pause(call: Call, made: Answer) -> None:
 
 # --- filling schemas ----------------------------------------------------------------------------
 
+REFERENCE_DEPTH = 20
 STRINGS = {
     "date": "2026-11-21", "date-time": "2026-11-21T10:00:00Z", "time": "10:00:00Z",
     "duration": "PT1H", "email": "a@example.org", "hostname": "example.org",
@@ -227,25 +228,26 @@ STRINGS = {
 }  # fmt: skip
 
 
-def fill(schema: Any, root: JSON, key: str = "value") -> Any:
-    """A value that fits the schema; the same each time."""
+def fill(schema: Any, root: JSON, key: str = "value", depth: int = 0) -> Any:
+    """A value that fits the schema; the same each time, and cut short where it recurs."""
     if not isinstance(schema, dict):
         return "any"
     if "$ref" in schema:
-        return fill(resolve(root, schema["$ref"]), root, key)
+        target = resolve(root, schema["$ref"])
+        return fill(target, root, key, depth + 1) if depth < REFERENCE_DEPTH else {}
     if "const" in schema:
         return schema["const"]
     if schema.get("enum"):
         return schema["enum"][0]
     for union in ("anyOf", "oneOf", "allOf"):
         if schema.get(union):
-            return fill(schema[union][0], root, key)
+            return fill(schema[union][0], root, key, depth)
     kind = schema.get("type", "object" if "properties" in schema else "string")
     kind = kind[0] if isinstance(kind, list) else kind
     if kind == "object":
-        return {k: fill(v, root, k) for k, v in (schema.get("properties") or {}).items()}
+        return {k: fill(v, root, k, depth) for k, v in (schema.get("properties") or {}).items()}
     if kind == "array":
-        return [fill(schema.get("items") or {}, root, key)]
+        return [fill(schema.get("items") or {}, root, key, depth)]
     text = STRINGS.get(schema.get("format", ""), f"some {key} \u2028\u00e9\U0001f600")
     return {"integer": 3, "number": 2.5, "boolean": True, "null": None}.get(kind, text)
 
