@@ -332,6 +332,8 @@ def openai_error(error: ShimError) -> Tuple[int, JSON]:
         code, param = "context_length_exceeded", param or "messages"
     elif error.status == 400 and _NO_CREDIT.search(message):
         status, type_, code = OPENAI_ERRORS[402]
+    elif error.status == 401:
+        message = f"Incorrect API key provided: {message}"  # LiteLLM knows a 401 by these words
     elif error.status == 404 and message.startswith("model:"):
         code, param = "model_not_found", "model"
     body = {"message": message, "type": type_, "param": param, "code": error.code or code}
@@ -545,7 +547,9 @@ class Model(NamedTuple):
     thinks_by_default: bool = True
     forced_tool_choice: bool = True
     system_messages: bool = True  # role "system" inside messages
+    off_up_to_high: bool = False  # thinking can be off at xhigh and max effort, too, if not
     sampling: bool = False  # temperature, top_p, top_k
+    temperature_and_top_p: bool = True  # both at once
     prefill: bool = False  # a trailing assistant message
     structured_outputs: bool = True
     strict_tools: bool = True
@@ -567,6 +571,7 @@ _UP_TO_4_5: JSON = {
     "thinking": _BUDGET_OFF,
     "efforts": (),
     "sampling": True,
+    "temperature_and_top_p": False,
     "prefill": True,
 }
 _AT_4_6: JSON = {
@@ -579,7 +584,7 @@ _AT_4_6: JSON = {
 # (platform.claude.com/docs: models overview, errors, model migration).
 MODELS: Tuple[Model, ...] = (
     Model("claude-opus-5-5", forced_tool_choice=False),
-    Model("claude-opus-5", thinking=_ADAPTIVE_OFF),
+    Model("claude-opus-5", thinking=_ADAPTIVE_OFF, off_up_to_high=True),
     _older("claude-opus-4-8", thinking=_ADAPTIVE_OFF, system_messages=True),
     _older("claude-opus-4-7", thinking=_ADAPTIVE_OFF),
     _older("claude-opus-4-6", **_AT_4_6),
@@ -587,12 +592,13 @@ MODELS: Tuple[Model, ...] = (
     Model(
         "claude-sonnet-5-5",
         thinking=frozenset({"adaptive", "between_tools"}),
+        off_up_to_high=True,
         forced_tool_choice=False,
     ),
     Model("claude-sonnet-5", thinking=_ADAPTIVE_OFF, system_messages=False),
     _older("claude-sonnet-4-6", **_AT_4_6),
     _older("claude-sonnet-4-5", **_UP_TO_4_5),
-    Model("claude-haiku-5-5", thinking=_ADAPTIVE_OFF),
+    Model("claude-haiku-5-5", thinking=_ADAPTIVE_OFF, off_up_to_high=True),
     _older("claude-haiku-4-5", **_UP_TO_4_5),
     Model("claude-fable-5-2", forced_tool_choice=False),
     Model("claude-fable-5-1", forced_tool_choice=False),
@@ -771,6 +777,20 @@ def model_list(entries: Sequence[JSON]) -> JSON:
 # Decoders are fed bytes as they come, cut anywhere, and hand out what is whole. They work on bytes:
 # a character cut in two is whole again before anything is decoded.
 
+_FIELDS = re.compile(rb"(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*)*", re.ASCII)
+
+
+def header_fields(lines: bytes) -> Optional[HeaderList]:
+    """Return the fields of a head, each given with CRLF before it; None if one is malformed.
+
+    Names come in lower case (RFC 9112 5; no folding, no space before the colon).
+    """
+    if not _FIELDS.fullmatch(lines):
+        return None
+    pairs = [line.partition(":") for line in lines.decode("latin-1").split("\r\n")[1:]]
+    return [(name.lower(), value.strip(" \t")) for name, _, value in pairs]
+
+
 MAX_EVENT_BYTES = 16 << 20  # a web search result is the largest event known, some 100 KB
 _MAX_CHUNK_LINE = 1024
 _MAX_TRAILER = 16 << 10
@@ -902,8 +922,14 @@ class EventDecoder:
             raise UpstreamCutError(f"upstream sent an event of more than {self._limit} bytes")
 
 
+_USUAL_EVENT = re.compile(rb"(?:event: [^\n]*\n)?data: ([^\n]*)\n*")
+
+
 def event_data(block: bytes) -> bytes:
     """Return the joined data lines of one event; empty when it has none."""
+    usual = _USUAL_EVENT.fullmatch(block)
+    if usual:
+        return usual.group(1)
     lines = (line for line in block.split(b"\n") if line.startswith(b"data"))
     values = [line[5:] for line in lines if line[4:5] == b":"]
     return b"\n".join([value[1:] if value[:1] == b" " else value for value in values])
@@ -1430,7 +1456,7 @@ def _with_budget(request: JSON, budget: Any) -> JSON:
 def _effort_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
     effort = request.get("output_config", {}).get("effort")
     if effort is None or effort in model.efforts:
-        return _capped_effort(request)
+        return _capped_effort(request) if model.off_up_to_high else request
     if effort not in _ALL_EFFORTS:
         return request  # upstream knows better
     lower = _ALL_EFFORTS[: _ALL_EFFORTS.index(effort)]
@@ -1441,7 +1467,7 @@ def _effort_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
 
 
 def _capped_effort(request: JSON) -> JSON:
-    """Thinking is off only up to high effort."""
+    """Where thinking can be off, but only up to high effort."""
     config, thinking = request.get("output_config", {}), request.get("thinking", {})
     off = thinking.get("type") in ("disabled", "between_tools")
     if off and config.get("effort") in ("xhigh", "max"):
@@ -1454,7 +1480,8 @@ def _sampling_rule(request: JSON, model: Model, changed: List[str]) -> JSON:
     thinks = request.get("thinking", {}).get("type") in ("enabled", "adaptive")
     fields = ["temperature", "top_p", "top_k"]
     if model.sampling and not thinks:
-        fields = ["top_p"] if "temperature" in request else []
+        both = "temperature" in request and not model.temperature_and_top_p
+        fields = ["top_p"] if both else []
     gone = [field for field in fields if field in request]
     changed.extend(gone)
     return _without(request, *gone)
@@ -1548,6 +1575,7 @@ MODEL_RULES: Tuple[Callable[[JSON, Model, List[str]], JSON], ...] = (
 
 # A 400 of upstream that names what the table did not know: pattern -> what the model does not take.
 REFUSALS: Tuple[Tuple[Pattern[str], JSON], ...] = (
+    (re.compile(r"cannot both be specified"), {"temperature_and_top_p": False}),
     (
         re.compile(r"`(?:temperature|top_p|top_k)`|^(?:temperature|top_p|top_k)\b"),
         {"sampling": False},
@@ -1565,7 +1593,7 @@ REFUSALS: Tuple[Tuple[Pattern[str], JSON], ...] = (
         {"thinking": frozenset({"adaptive"}), "thinks_by_default": True},
     ),
     (re.compile(r"output_config\.effort|effort.*not supported"), {"efforts": ()}),
-    (re.compile(r"[Ss]chema is too complex"), {"strict_tools": False}),
+    (re.compile(r"[Ss]chema is too complex|recursive schemas"), {"strict_tools": False}),
     (re.compile(r"output_config\.format.*not supported"), {"structured_outputs": False}),
 )
 
@@ -1713,7 +1741,7 @@ class EventSink:
     """
 
     complete = False  # message_stop was seen: nothing is missing
-    takes_text = False  # text deltas may come as raw bytes, by `feed_text`
+    takes_text = False  # text deltas may come as JSON texts, by `feed_text`
     heartbeat = b""
 
     def feed(self, event: JSON) -> bytes:
@@ -1721,8 +1749,8 @@ class EventSink:
         method = getattr(self, f"_on_{event.get('type')}", None)
         return method(event) if method else b""
 
-    def feed_text(self, run: bytes) -> bytes:
-        """Return the bytes that a run of raw text-delta events makes."""
+    def feed_text(self, texts: List[bytes]) -> bytes:
+        """Return the bytes that a run of text deltas makes, given as ASCII JSON without quotes."""
         raise NotImplementedError
 
     def fail(self, error: ShimError) -> bytes:
@@ -1757,10 +1785,9 @@ class MessageAssembler(EventSink):
     def _blocks(self) -> List[JSON]:
         return self.message["content"] if self.message else []
 
-    def feed_text(self, run: bytes) -> bytes:
-        """Add the text of a run of raw text-delta events to the open block."""
-        encoded = b"".join(TEXT_DELTA.findall(run))
-        self._pieces.append(json.loads(b'"%b"' % encoded))
+    def feed_text(self, texts: List[bytes]) -> bytes:
+        """Add the texts to the open block."""
+        self._pieces.append(json.loads(b'"%b"' % b"".join(texts)))
         return b""
 
     def _on_message_start(self, event: JSON) -> bytes:
@@ -1849,18 +1876,22 @@ _TEXT_RUN = re.compile(b"(?:" + _TEXT_DELTA % b"?:" + b")+")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
-def ascii_run(run: bytes) -> Optional[bytes]:
-    """Return raw events with every character beyond ASCII escaped; None if they are not UTF-8."""
+def ascii_texts(run: bytes) -> Optional[List[bytes]]:
+    """Return the JSON texts of a run of raw text deltas, in ASCII; None if one is not UTF-8."""
+    texts: List[bytes] = TEXT_DELTA.findall(run)
     if run.isascii():
-        return run
+        return texts
     try:
-        text = run.decode("utf-8")
+        return [text if text.isascii() else _escaped(text) for text in texts]
     except UnicodeDecodeError:
         return None
-    return _NOT_ASCII.sub(_escaped, text).encode("ascii")
 
 
-def _escaped(match: Match[str]) -> str:
+def _escaped(text: bytes) -> bytes:
+    return _NOT_ASCII.sub(_escaped_characters, text.decode("utf-8")).encode("ascii")
+
+
+def _escaped_characters(match: Match[str]) -> str:
     return json.encoder.encode_basestring_ascii(match.group())[1:-1]
 
 
@@ -1897,16 +1928,19 @@ class EventTransform:
         position = 0
         while position < len(events) and not self.complete:
             run = _TEXT_RUN.match(events, position) if self._sink.takes_text else None
-            text = ascii_run(run.group()) if run else None
-            if run and text is not None:
-                made.append(self._sink.feed_text(text))
-                position = run.end()
-                continue
-            end = events.index(b"\n\n", position) + 2
-            event = parsed_event(events[position:end])
+            texts = ascii_texts(run.group()) if run else None
+            end = run.end() if run else events.index(b"\n\n", position) + 2
+            if texts:
+                made.append(self._sink.feed_text(texts))
+            else:
+                self._feed_parsed(events[position:end], made)
+            position = end
+
+    def _feed_parsed(self, events: bytes, made: List[bytes]) -> None:
+        for block in events.split(b"\n\n"):
+            event = parsed_event(block + b"\n")
             if event is not None:
                 made.append(self._sink.feed(event))
-            position = end
 
     def end(self, error: Optional[ShimError] = None) -> bytes:
         """Return what the client gets when no more comes; a failure unless all had come."""
@@ -2967,10 +3001,10 @@ class ChatStreamEncoder(EventSink):
         free = not (self._reply.annotated or self._reply.json_object)
         return free and self._open_block().get("type") == "text"
 
-    def feed_text(self, run: bytes) -> bytes:
-        """Return the chunks of a run of raw text deltas: JSON text is spliced as it stands."""
+    def feed_text(self, texts: List[bytes]) -> bytes:
+        """Return the chunks of a run of text deltas: JSON text is spliced as it stands."""
         before, after = self._around_text
-        return before + (after + before).join(TEXT_DELTA.findall(run)) + after
+        return before + (after + before).join(texts) + after
 
     def fail(self, error: ShimError) -> bytes:
         """Return the error as a line of data; nothing follows it, no [DONE] either."""
@@ -3480,24 +3514,17 @@ class Upstream:
         """Let go of idle connections."""
 
 
-_STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: [\t\x20-\x7e\x80-\xff]*)?\Z")
-_HEADER_LINE = re.compile(
-    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*\Z"
-)
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: [\t\x20-\x7e\x80-\xff]*)?(?=\r\n|\Z)")
 _UNSAFE_HEADER = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
 
 
 def parsed_response_head(head: bytes) -> Tuple[int, HeaderList]:
     """Return the status and header fields of a response head; UpstreamCutError if malformed."""
-    lines = head.split(b"\r\n")
-    status = _STATUS_LINE.match(lines[0])
-    fields = [_HEADER_LINE.match(line) for line in lines[1:]]
-    if not status or not all(fields):
+    status = _STATUS_LINE.match(head)
+    fields = header_fields(head[status.end() :]) if status else None
+    if status is None or fields is None:
         raise UpstreamCutError("upstream did not answer in HTTP/1.1")
-    pairs = [(f.group(1), f.group(2)) for f in fields if f]
-    return int(status.group(1)), [
-        (k.decode("ascii").lower(), v.decode("latin-1")) for k, v in pairs
-    ]
+    return int(status.group(1)), fields
 
 
 class Framing(NamedTuple):
@@ -3508,11 +3535,15 @@ class Framing(NamedTuple):
     keep: bool  # whether the connection lives on
 
 
+_FRAMING_FIELDS = ("connection", "content-encoding", "content-length", "transfer-encoding")
+
+
 def response_framing(status: int, headers: HeaderList) -> Framing:
     """Return the framing of a response body (RFC 9112 6.3); UpstreamCutError if it is ambiguous."""
     fields: Dict[str, List[str]] = {}
     for name, value in headers:
-        fields.setdefault(name, []).append(value.strip().lower())
+        if name in _FRAMING_FIELDS:
+            fields.setdefault(name, []).append(value.lower())
     keep = "close" not in ",".join(fields.get("connection", []))
     if fields.get("content-encoding", ["identity"]) != ["identity"]:
         raise UpstreamCutError("upstream compressed its answer although that was not asked for")
@@ -3865,6 +3896,7 @@ def proxies_for(url: str) -> Dict[str, str]:
     return {parts.scheme: proxy}
 
 
+@functools.lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
     """Return whether `host` is this machine: localhost, 127.0.0.0/8 or ::1."""
     try:
@@ -3891,6 +3923,8 @@ def retry_delay(status: int, headers: HeaderList, attempt: int) -> Optional[floa
 
     429 without retry-after is a spending limit, where trying again is in vain.
     """
+    if status < 300:
+        return None
     fields = dict(headers)
     told, wait = fields.get("x-should-retry"), _retry_after(fields)
     transient = status in _TRANSIENT or (status == 429 and wait is not None)
@@ -4137,7 +4171,13 @@ class Record(NamedTuple):
 
 def plain(text: str, limit: int = 120) -> str:
     """Return `text` for a log: printable ASCII without spaces, cut to `limit`."""
-    return re.sub(r"[^\x21-\x7e]", "_", text[:limit]) or "-"
+    text = text[:limit]
+    if text.isascii() and text.isprintable() and " " not in text:
+        return text or "-"
+    return _NOT_PLAIN.sub("_", text)
+
+
+_NOT_PLAIN = re.compile(r"[^\x21-\x7e]")
 
 
 def log_line(record: Record) -> str:
@@ -4537,13 +4577,14 @@ def openai_headers(headers: HeaderList, now: float) -> HeaderList:
     """Return the header fields of upstream's answer that an OpenAI client understands."""
     kept = [(k, v) for k, v in headers if k in ("retry-after", "retry-after-ms", "x-should-retry")]
     for name, value in headers:
+        if not name.startswith("anthropic-ratelimit-"):
+            continue
         limit = _RATE_LIMITS.fullmatch(name)
         if limit:
             unit, kind = limit.groups()
             shown = duration(value, now) if kind == "reset" else value
             kept.append((f"x-ratelimit-{kind}-{unit}", shown))
-        if name.startswith("anthropic-ratelimit-"):
-            kept.append((name, value))
+        kept.append((name, value))
     return kept
 
 
@@ -4629,7 +4670,8 @@ class App:
             kept = [(k, v) for k, v in headers if _RELAYED_TO_CLIENT.fullmatch(k) or k == "allow"]
         else:
             status, body = openai_error(error)
-            if body["error"]["code"] == "insufficient_quota":
+            spent = status == 429 and all(name != "retry-after" for name, _ in headers)
+            if spent:  # a limit on spending: trying again is in vain
                 headers.append(("x-should-retry", "false"))
             kept = [*openai_headers(headers, time.time()), ("content-type", "application/json")]
             kept += [(k, v) for k, v in headers if k == "allow"]
@@ -4741,6 +4783,7 @@ class App:
                     model = learned
                 else:
                     raise
+        model = model._replace(strict_tools=True)  # that was about these schemas only
         if model != self.catalogue.model(model.id):
             self.catalogue.learn(model)
         source = response.source
@@ -5006,9 +5049,8 @@ class Head(NamedTuple):
 
 
 _REQUEST_LINE = re.compile(
-    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) (HTTP/[0-9]\.[0-9])\Z"
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) (HTTP/[0-9]\.[0-9])(?=\r\n|\Z)"
 )
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*\Z")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 
@@ -5018,19 +5060,15 @@ def parsed_head(head: bytes) -> Head:
 
     Nothing is repaired: whatever two readers could read in two ways is refused.
     """
-    lines = head.split(b"\r\n")
-    first = _REQUEST_LINE.match(lines[0])
+    first = _REQUEST_LINE.match(head)
     if not first:
         raise ProtocolError("the request line is malformed")
     method, target, version = (group.decode("ascii") for group in first.groups())
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise VersionNotSupportedError(f"claude_shim speaks HTTP/1.1, not {version}")
-    fields = []
-    for line in lines[1:]:
-        field = _FIELD.match(line)
-        if not field:
-            raise ProtocolError("a header field is malformed")
-        fields.append((field.group(1).decode("ascii").lower(), field.group(2).decode("latin-1")))
+    fields = header_fields(head[first.end() :])
+    if fields is None:
+        raise ProtocolError("a header field is malformed")
     return _with_authority(Head(method, target, int(version[-1]), fields))
 
 
@@ -5091,6 +5129,7 @@ def check_origin(head: Head, allowed_hosts: FrozenSet[str]) -> None:
         raise ForbiddenError("web pages of other sites may not call claude_shim")
 
 
+@functools.lru_cache(maxsize=64)
 def host_name(authority: str) -> str:
     """Return the host of `host:port`, in lower case and without brackets."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]@/\\]+)(?::[0-9]{1,5})?", authority.strip())

@@ -1066,7 +1066,8 @@ OPENAI_ERROR_ROWS = [
 @pytest.mark.parametrize(("error", "expected"), OPENAI_ERROR_ROWS)
 def test_error_for_openai_clients(error: shim.ShimError, expected: Tuple[Any, ...]) -> None:
     status, type_, param, code = expected
-    detail = {"message": error.message, "type": type_, "param": param, "code": code}
+    known_by = "Incorrect API key provided: " if status == 401 else ""  # to LiteLLM
+    detail = {"message": known_by + error.message, "type": type_, "param": param, "code": code}
     assert shim.openai_error(error) == (status, {"error": detail})
 
 
@@ -1562,6 +1563,7 @@ def test_live_entry_has_the_last_word() -> None:
         thinks_by_default=True,
         forced_tool_choice=False,
         system_messages=True,
+        off_up_to_high=True,
         sampling=False,
         prefill=False,
         structured_outputs=False,
@@ -1707,6 +1709,17 @@ def test_model_entry_serves_both_dialects() -> None:
     }
 
 
+def test_model_entry_of_a_model_that_is_only_in_the_table() -> None:
+    entry = shim.model_entry(shim.known_model("claude-haiku-4-5"), {})
+    told_of = {name: entry[name] for name in ("display_name", "created", "created_at")}
+    assert told_of == {
+        "display_name": "claude-haiku-4-5",
+        "created": 0,
+        "created_at": "1970-01-01T00:00:00Z",
+    }
+    assert entry["capabilities"]["effort"] == {"supported": False}
+
+
 def test_model_entry_keeps_what_upstream_says() -> None:
     model = shim.model_from_live(LIVE_SONNET)
     assert model is not None
@@ -1773,6 +1786,7 @@ LINE_ENDS = pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"], ids=["L
             b"8\r\n\r\n0\r\n\r\nx\r\n0\r\n\r\n",
             b"\r\n0\r\n\r\nx",
         ),
+        case("a size of two digits", b"1a\r\n" + b"x" * 26 + b"\r\n0\r\n\r\n", b"x" * 26),
         case("zeros before the size", b"0003\r\nabc\r\n000\r\n\r\n", b"abc"),
         case("an extension", b'3;a="b c";d\r\nabc\r\n0;e\r\n\r\n', b"abc"),
         case("spaces behind the size", b"3 \t\r\nabc\r\n0 \r\n\r\n", b"abc"),
@@ -1815,6 +1829,7 @@ def test_chunked_body_hands_out_an_unfinished_chunk() -> None:
         case("too short a chunk", b"5\r\nabc\r\n0\r\n\r\n"),
         case("too long a chunk", b"3\r\nabcd\r\n0\r\n\r\n"),
         case("a chunk that ends in LF", b"3\r\nabc\n0\r\n\r\n"),
+        case("a chunk that ends in something else", b"3\r\nabcXX0\r\n\r\n"),
         case("too large a size", b"123456789\r\nabc\r\n"),
         case("too long an extension", b"3;" + b"a" * 2000 + b"\r\nabc\r\n"),
         case("an extension without end", b"3;" + b"a" * 2000),
@@ -1914,6 +1929,10 @@ def test_events_with_line_ends_of_all_kinds() -> None:
     raw = b"data: 1\r\n\ndata: 2\n\r\ndata: 3\r\rdata: 4\n\r"
     for pieces in (whole(raw), single_bytes(raw), [raw[:8], b"", raw[8:]]):
         assert event_texts(pieces) == [b"1", b"2", b"3", b"4"]
+
+
+def test_line_end_that_is_cut_in_two_is_one_line_end() -> None:
+    assert event_texts([b"data: 1\r", b"", b"\ndata: 2\r", b"\n\r\n"]) == [b"1\n2"]
 
 
 def test_s3_b11_a_line_of_five_megabytes() -> None:
@@ -2356,6 +2375,19 @@ TOOL_SCHEMA_ROWS = [
         },
     ),
     case(
+        "#12: allOf at the root where two say something of one field",
+        {
+            "allOf": [
+                {"properties": {"a": {"type": "integer"}}},
+                {"properties": {"a": {"minimum": 1}}},
+            ],
+        },
+        {
+            "type": "object",
+            "properties": {"a": {"allOf": [{"type": "integer"}, {"minimum": 1}]}},
+        },
+    ),
+    case(
         "#12: branches that are references",
         {
             "anyOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/definitions/B"}],
@@ -2625,6 +2657,11 @@ def text_of(text: str, **more: Any) -> JSON:
 
 def tool_of(name: str, **more: Any) -> JSON:
     return {"name": name, "input_schema": {"type": "object", "properties": {}}, **more}
+
+
+def test_draft_recalls_nothing_unless_told_how() -> None:
+    assert shim.Draft("claude-opus-5-5").recall("toolu_01") == []
+    assert shim.Draft("claude-opus-5-5", lambda call: [text_of(call)]).recall("a") == [text_of("a")]
 
 
 def test_draft_names_what_it_ignores_once() -> None:
@@ -3198,15 +3235,15 @@ MODEL_RULE_ROWS = [
     case(
         "effort is the budget of a model without efforts",
         "claude-haiku-4-5",
-        {"thinking": SUMMARIZED, **effort_of("low")},
-        {"thinking": budget_of(2048, display="summarized")},
+        {"thinking": {"type": "adaptive", "display": "omitted"}, **effort_of("low")},
+        {"thinking": budget_of(2048, display="omitted")},
         (),
     ),
     case(
         "a budget is under max_tokens",
         "claude-haiku-4-5",
-        {"thinking": SUMMARIZED, "max_tokens": 5000},
-        {"thinking": budget_of(4999, display="summarized"), "max_tokens": 5000},
+        {"thinking": ADAPTIVE, "max_tokens": 5000},
+        {"thinking": budget_of(4999), "max_tokens": 5000},
         (),
     ),
     case(
@@ -3551,7 +3588,7 @@ def test_model_rules_change_nothing_that_they_made() -> None:
             "claude-opus-4-6",
             "`temperature` and `top_p` cannot both be specified for this model. Please use only "
             "one.",
-            {"sampling": False},
+            {"temperature_and_top_p": False},
         ),
         case(
             "too many strict tools",
@@ -4170,6 +4207,16 @@ def test_transcript_that_is_cut_is_never_complete(events: List[JSON], expected: 
         assert not transform.complete
 
 
+def test_nothing_counts_behind_the_end_of_a_message() -> None:
+    late = sse({"type": "error", "error": {"message": "late"}}, *TEXT_EVENTS)
+    sink = MessageSink()
+    transform = shim.EventTransform(sink)
+    assert transform.feed(sse(*TEXT_EVENTS) + b"data: [DONE]\n\n" + late) == b""
+    assert transform.complete
+    assert sink.message is not None
+    assert sink.message["content"] == [text_of("Hell\u00f6 \u4e16\U0001f600")]
+
+
 @CUTS
 @LINE_ENDS
 @pytest.mark.parametrize(
@@ -4270,7 +4317,7 @@ def test_events_of_wrong_types_at_any_depth_crash_nothing() -> None:
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        case("ASCII is itself", b'{"a":"b\\n\x7f"}', b'{"a":"b\\n\x7f"}'),
+        case("ASCII is itself", b'{\\"a\\":b\\n\x7f}', b'{\\"a\\":b\\n\x7f}'),
         case("two bytes", "caf\u00e9".encode(), b"caf\\u00e9"),
         case("three bytes", "\u4e16\u754c!".encode(), b"\\u4e16\\u754c!"),
         case("four bytes", "a\U0001f600b".encode(), b"a\\ud83d\\ude00b"),
@@ -4281,8 +4328,9 @@ def test_events_of_wrong_types_at_any_depth_crash_nothing() -> None:
         case("too long a form", b"\xc0\x80", None),
     ],
 )
-def test_ascii_run(run: bytes, expected: Optional[bytes]) -> None:
-    assert shim.ascii_run(run) == expected
+def test_ascii_texts(run: bytes, expected: Optional[bytes]) -> None:
+    texts = shim.ascii_texts(DELTA_LINE + DELTA_START + run + b'"}}\n\n')
+    assert texts == (None if expected is None else [expected])
 
 
 DELTA_START = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"'
@@ -5992,7 +6040,7 @@ def test_chat_names_are_made_acceptable_and_found_again() -> None:
         "plain-1_x",
     ]
     assert request["messages"][1] == assistant(use("c1", "a_b_2e7336dc"))
-    message = message_of(
+    message = chat_message_of(
         use("t1", "a_b_c14cddc0", x=1), use("t2", "plain-1_x"), stop_reason="tool_use"
     )
     completion = shim.chat_from_messages([message], shim.ChatReply.to(draft, 7))
@@ -6904,7 +6952,7 @@ def test_chat_request_keeps_the_rules_of_anthropic(body: JSON) -> None:
 # --- (d) answers
 
 
-def message_of(*content: JSON, stop_reason: Optional[str] = "end_turn", **more: Any) -> JSON:
+def chat_message_of(*content: JSON, stop_reason: Optional[str] = "end_turn", **more: Any) -> JSON:
     """A message of Anthropic's, as MessageAssembler makes it."""
     return {
         "id": "msg_01",
@@ -6980,23 +7028,23 @@ DECLINED: JSON = {"type": "refusal", "category": "cyber", "explanation": "Declin
 REPLY = shim.ChatReply(created=7)
 
 ANSWERS = [
-    case("text", message_of(says("Hell\u00f6")), REPLY, choice("stop", "Hell\u00f6")),
+    case("text", chat_message_of(says("Hell\u00f6")), REPLY, choice("stop", "Hell\u00f6")),
     case(
         "text of several blocks is one content (S3-B1, S4-B10)",
-        message_of(says("a"), says("b\n"), says("c")),
+        chat_message_of(says("a"), says("b\n"), says("c")),
         REPLY,
         choice("stop", "ab\nc"),
     ),
-    case("nothing at all", message_of(), REPLY, choice("stop", "")),
+    case("nothing at all", chat_message_of(), REPLY, choice("stop", "")),
     case(
         "text is never read as calls (S4-B11)",
-        message_of(says('<tool_use>{"name":"f"}</tool_use>')),
+        chat_message_of(says('<tool_use>{"name":"f"}</tool_use>')),
         REPLY,
         choice("stop", '<tool_use>{"name":"f"}</tool_use>'),
     ),
     case(
         "calls alone have null content",
-        message_of(use("t1", city="Paris"), use("t2", "g"), stop_reason="tool_use"),
+        chat_message_of(use("t1", city="Paris"), use("t2", "g"), stop_reason="tool_use"),
         REPLY,
         choice(
             "tool_calls", None, tool_calls=[call("t1", '{"city":"Paris"}'), call("t2", "{}", "g")]
@@ -7004,19 +7052,19 @@ ANSWERS = [
     ),
     case(
         "text stays beside calls",
-        message_of(says("Checking."), use("t1"), says(" Done."), stop_reason="tool_use"),
+        chat_message_of(says("Checking."), use("t1"), says(" Done."), stop_reason="tool_use"),
         REPLY,
         choice("tool_calls", "Checking. Done.", tool_calls=[call("t1")]),
     ),
     case(
         "a call is tool_calls whatever the stop reason says",
-        message_of(use("t1"), stop_reason="end_turn"),
+        chat_message_of(use("t1"), stop_reason="end_turn"),
         REPLY,
         choice("tool_calls", None, tool_calls=[call("t1")]),
     ),
     case(
         "a stop for calls that run upstream is no tool_calls",
-        message_of(
+        chat_message_of(
             says("a"),
             {**use("s1", "web_search"), "type": "server_tool_use"},
             stop_reason="tool_use",
@@ -7026,25 +7074,25 @@ ANSWERS = [
     ),
     case(
         "a call that was cut off shows what there is of it",
-        message_of({**use("t1"), "partial_json": '{"city": "Par'}, stop_reason="max_tokens"),
+        chat_message_of({**use("t1"), "partial_json": '{"city": "Par'}, stop_reason="max_tokens"),
         REPLY,
         choice("length", None, tool_calls=[call("t1", '{"city": "Par')]),
     ),
     case(
         "thinking is readable, and chat_body_of for the way back (S3-B18, S4-B14)",
-        message_of(THOUGHT, HIDDEN, says("a")),
+        chat_message_of(THOUGHT, HIDDEN, says("a")),
         REPLY,
         choice("stop", "a", reasoning_content="Hm.", thinking_blocks=[THOUGHT, HIDDEN]),
     ),
     case(
         "thinking that is not shown is only for the way back (S4-B13)",
-        message_of({**THOUGHT, "thinking": ""}, HIDDEN, says("a")),
+        chat_message_of({**THOUGHT, "thinking": ""}, HIDDEN, says("a")),
         REPLY,
         choice("stop", "a", thinking_blocks=[{**THOUGHT, "thinking": ""}, HIDDEN]),
     ),
     case(
         "citations count characters of the chat_body_of content (S3-B18)",
-        message_of(
+        chat_message_of(
             says("\u4e16\U0001f600 "),
             {"type": "web_search_tool_result", "tool_use_id": "s1", "content": []},
             says(
@@ -7066,37 +7114,37 @@ ANSWERS = [
     ),
     case(
         "blocks of unknown kinds are skipped",
-        message_of({"type": "connector_text", "text": "psst"}, {"type": "fallback"}, says("a")),
+        chat_message_of({"type": "connector_text", "text": "psst"}, {"type": "fallback"}, says("a")),
         REPLY,
         choice("stop", "a"),
     ),
     case(
         "a refusal without words (S2-F8, S4-B8)",
-        message_of(stop_reason="refusal", stop_details=DECLINED),
+        chat_message_of(stop_reason="refusal", stop_details=DECLINED),
         REPLY,
         choice("content_filter", "", stop_details=DECLINED),
     ),
     case(
         "a refusal keeps the text so far, and refusal stays null",
-        message_of(says("Well"), stop_reason="refusal", stop_details=None),
+        chat_message_of(says("Well"), stop_reason="refusal", stop_details=None),
         REPLY,
         choice("content_filter", "Well"),
     ),
     case(
         "a refusal is told where a schema was asked for",
-        message_of(stop_reason="refusal", stop_details=DECLINED),
+        chat_message_of(stop_reason="refusal", stop_details=DECLINED),
         REPLY._replace(json_schema=True),
         choice("content_filter", "", refusal="Declined because of X.", stop_details=DECLINED),
     ),
     case(
         "a refusal without an explanation has one sentence",
-        message_of(stop_reason="refusal"),
+        chat_message_of(stop_reason="refusal"),
         REPLY._replace(json_schema=True),
         choice("content_filter", "", refusal="The model declined to answer."),
     ),
     case(
         "a custom call gets its text back (#27)",
-        message_of(use("t1", "p_1", input="*** Begin"), use("t2"), stop_reason="tool_use"),
+        chat_message_of(use("t1", "p_1", input="*** Begin"), use("t2"), stop_reason="tool_use"),
         REPLY._replace(names={"p_1": "p.1"}, custom_tools=frozenset({"p.1"})),
         choice(
             "tool_calls",
@@ -7109,7 +7157,7 @@ ANSWERS = [
     ),
     case(
         "a custom call that was cut off shows what there is of it",
-        message_of(
+        chat_message_of(
             {**use("t1", "p"), "partial_json": '{"input": "*** B'}, stop_reason="max_tokens"
         ),
         REPLY._replace(custom_tools=frozenset({"p"})),
@@ -7123,19 +7171,19 @@ ANSWERS = [
     ),
     case(
         "a legacy client gets function_call",
-        message_of(use("t1", "fn_old_9c5b44c6", a=1), stop_reason="tool_use"),
+        chat_message_of(use("t1", "fn_old_9c5b44c6", a=1), stop_reason="tool_use"),
         REPLY._replace(legacy=True, names={"fn_old_9c5b44c6": "fn.old"}),
         choice("function_call", None, function_call={"name": "fn.old", "arguments": '{"a":1}'}),
     ),
     case(
         "one fence around a JSON object goes (#24)",
-        message_of(says('```json\n{"a": 1}\n```\n')),
+        chat_message_of(says('```json\n{"a": 1}\n```\n')),
         REPLY._replace(json_object=True),
         choice("stop", '{"a": 1}'),
     ),
     case(
         "a fence stays where no JSON object was asked for",
-        message_of(says('```json\n{"a": 1}\n```')),
+        chat_message_of(says('```json\n{"a": 1}\n```')),
         REPLY,
         choice("stop", '```json\n{"a": 1}\n```'),
     ),
@@ -7165,7 +7213,7 @@ STOP_REASONS = [
 
 @pytest.mark.parametrize(("reason", "expected"), STOP_REASONS)
 def test_chat_finish_reason(reason: Optional[str], expected: str) -> None:
-    answer = shim.chat_from_messages([message_of(says("a"), stop_reason=reason)], REPLY)
+    answer = shim.chat_from_messages([chat_message_of(says("a"), stop_reason=reason)], REPLY)
     assert answer["choices"] == [choice(expected, "a")]
 
 
@@ -7198,14 +7246,14 @@ USAGES = [
 
 @pytest.mark.parametrize(("told", "expected"), USAGES)
 def test_chat_usage(told: JSON, expected: JSON) -> None:
-    answer = shim.chat_from_messages([message_of(says("a"), usage=told)], REPLY)
+    answer = shim.chat_from_messages([chat_message_of(says("a"), usage=told)], REPLY)
     assert answer == completion(choice("stop", "a"), usage=expected)
 
 
 def test_chat_several_choices_sum_their_usage() -> None:
     messages = [
-        message_of(says("a")),
-        message_of(
+        chat_message_of(says("a")),
+        chat_message_of(
             use("t1"),
             id="msg_02",
             stop_reason="tool_use",
@@ -8283,9 +8331,9 @@ def test_completion_request() -> None:
 
 def test_completion_answer() -> None:
     messages = [
-        message_of(THOUGHT, says("Hell\u00f6"), says("!")),
-        message_of(stop_reason="refusal", id="msg_02"),
-        message_of(says("cut"), stop_reason="max_tokens", id="msg_03"),
+        chat_message_of(THOUGHT, says("Hell\u00f6"), says("!")),
+        chat_message_of(stop_reason="refusal", id="msg_02"),
+        chat_message_of(says("cut"), stop_reason="max_tokens", id="msg_03"),
     ]
     assert shim.completion_from_messages(messages, REPLY) == {
         "id": "cmpl-msg_01",
@@ -9937,7 +9985,7 @@ def test_failures_never_show_a_secret() -> None:
     key = shim.APIKey("sk-ant-ours", "the test")
     policy = shim.Policy(live_models=False, retries=shim.RetryPolicy(0))
     app = shim.App(upstream, key, policy, shim.Log(None, key.secrets()))
-    assert answered(ask(app, CHAT, QUESTION))["error"]["message"] == "invalid key [secret]"
+    assert answered(ask(app, CHAT, QUESTION))["error"]["message"] == "Incorrect API key provided: invalid key [secret]"
 
 
 # --- chat completions
