@@ -615,6 +615,7 @@ _PREFIX = re.compile(r"^(?:openai|anthropic|claude|claude[_-]shim)[/:]+", re.IGN
 _ALIAS = re.compile(r"^(?:claude-)?(opus|sonnet|haiku)(?:-latest)?$")
 
 
+@functools.lru_cache(maxsize=256)
 def known_model(id: str) -> Model:
     """Return what the table says of `id`; an unknown one is taken for the newest of its line."""
     bare = _DATE.sub("", id)
@@ -1770,11 +1771,12 @@ class MessageAssembler(EventSink):
     def __init__(self) -> None:
         self.message: Optional[JSON] = None
         self._pieces: List[str] = []
+        self._in_text = False
 
     @property
     def takes_text(self) -> bool:  # type: ignore[override]
         """Whether a text block is open."""
-        return bool(self._blocks and self._blocks[-1].get("type") == "text")
+        return self._in_text
 
     @property
     def open_text(self) -> str:
@@ -1800,8 +1802,10 @@ class MessageAssembler(EventSink):
 
     def _on_content_block_start(self, event: JSON) -> bytes:
         block = event.get("content_block")
-        self._blocks.append(dict(block) if isinstance(block, dict) else {})
+        block = dict(block) if isinstance(block, dict) else {}
+        self._blocks.append(block)
         self._pieces = []
+        self._in_text = block.get("type") == "text" and self.message is not None
         return b""
 
     def _on_content_block_delta(self, event: JSON) -> bytes:
@@ -1824,7 +1828,7 @@ class MessageAssembler(EventSink):
         if not self._blocks:
             return b""
         block, text = self._blocks[-1], "".join(self._pieces)
-        self._pieces = []
+        self._pieces, self._in_text = [], False
         if "input" in block:
             block.update(_parsed_input(text, block["input"]))
         elif block.get("type") in ("text", "thinking"):
@@ -1938,7 +1942,7 @@ class EventTransform:
 
     def _feed_parsed(self, events: bytes, made: List[bytes]) -> None:
         for block in events.split(b"\n\n"):
-            event = parsed_event(block + b"\n")
+            event = parsed_event(block) if block else None
             if event is not None:
                 made.append(self._sink.feed(event))
 
@@ -2994,12 +2998,12 @@ class ChatStreamEncoder(EventSink):
         self._around_text = (b"", b"")
         self._calls = 0
         self._unfenced = Unfenced() if reply.json_object else None
+        self._splices = not (reply.annotated or reply.json_object)
 
     @property
     def takes_text(self) -> bool:  # type: ignore[override]
         """Whether text may be spliced: it may not where its characters count or are looked at."""
-        free = not (self._reply.annotated or self._reply.json_object)
-        return free and self._open_block().get("type") == "text"
+        return self._splices and self._message.takes_text
 
     def feed_text(self, texts: List[bytes]) -> bytes:
         """Return the chunks of a run of text deltas: JSON text is spliced as it stands."""
@@ -3310,6 +3314,8 @@ class ClientKeys:
 
     def stripped(self, client: Dict[str, str]) -> Dict[str, str]:
         """Return a request's headers without our own keys, which must never go upstream."""
+        if not self._keys:
+            return client
         return {
             name: value
             for name, value in client.items()
@@ -5025,22 +5031,22 @@ class Head(NamedTuple):
     method: str
     target: str  # path and query
     minor_version: int
-    fields: HeaderList  # names in lower case
+    fields: Dict[str, List[str]]  # by name, in lower case
 
     def values(self, name: str) -> List[str]:
         """Return all values of a header field."""
-        return [value for key, value in self.fields if key == name]
+        return self.fields.get(name, [])
 
     def tokens(self, name: str) -> List[str]:
         """Return the members of a list-valued header field, in lower case."""
-        return [t.strip().lower() for t in ",".join(self.values(name)).split(",") if t.strip()]
+        if name not in self.fields:
+            return []
+        members = ",".join(self.fields[name]).lower().split(",")
+        return [member.strip() for member in members if member.strip()]
 
     def headers(self) -> Dict[str, str]:
         """Return the fields by name, repeated ones joined."""
-        joined: Dict[str, str] = {}
-        for name, value in self.fields:
-            joined[name] = f"{joined[name]}, {value}" if name in joined else value
-        return joined
+        return {name: ", ".join(values) for name, values in self.fields.items()}
 
     def keeps_alive(self) -> bool:
         """Return whether the client wants the connection kept."""
@@ -5069,7 +5075,10 @@ def parsed_head(head: bytes) -> Head:
     fields = header_fields(head[first.end() :])
     if fields is None:
         raise ProtocolError("a header field is malformed")
-    return _with_authority(Head(method, target, int(version[-1]), fields))
+    grouped: Dict[str, List[str]] = {}
+    for name, value in fields:
+        grouped.setdefault(name, []).append(value)
+    return _with_authority(Head(method, target, int(version[-1]), grouped))
 
 
 def _with_authority(head: Head) -> Head:
@@ -5083,9 +5092,8 @@ def _with_authority(head: Head) -> Head:
     if not absolute:
         raise ProtocolError("the request target is malformed")
     authority, path = absolute.group(1), absolute.group(2) or "/"
-    others = [(name, value) for name, value in head.fields if name != "host"]
     path = path if path.startswith("/") else f"/{path}"
-    return head._replace(target=path, fields=[("host", authority), *others])
+    return head._replace(target=path, fields={**head.fields, "host": [authority]})
 
 
 def request_framing(head: Head, max_body: int) -> Framing:
@@ -5176,7 +5184,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._buffer = b""
         self._open = True
-        self._record = Record("-", "-", 0, 0.0, "-")
+        self._served: JSON = {}  # what the log is told of the request
 
     def handle(self) -> None:
         """Serve requests until one side has had enough."""
@@ -5188,39 +5196,44 @@ class ClientConnection(socketserver.BaseRequestHandler):
         try:
             head = self._read_head()
         except ProtocolError as error:
-            self._refuse(error, Head("-", "/", 1, []), "")
+            self._refuse(error, Head("-", "/", 1, {}), "")
             return
         if head is None:
             self._open = False
             return
         self._open = head.keeps_alive()
         path, request_id = head.target.partition("?")[0], self._request_id(head)
-        self._record = Record(head.method, path, 0, 0.0, request_id, outcome="client gone")
+        self._served = {"status": 0, "outcome": "client gone"}
         started = time.monotonic()
         try:
             self._exchange(head, request_id)
         finally:
-            seconds = time.monotonic() - started
-            self.server.log_request(self._record._replace(seconds=seconds))
+            record = Record(
+                method=head.method,
+                path=path,
+                seconds=time.monotonic() - started,
+                request_id=request_id,
+                **self._served,
+            )
+            self.server.log_request(record)
 
     def _exchange(self, head: Head, request_id: str) -> None:
-        """Answer the request whose head was read; `_record` says how it went."""
+        """Answer the request whose head was read; `_served` says how it went."""
+        headers, served = head.headers(), self._served
         try:
             check_origin(head, self.server.allowed_hosts)
-            key_name = self.server.app.admit(head.method, head.target, head.headers())
+            served["key_name"] = self.server.app.admit(head.method, head.target, headers)
             framing = request_framing(head, self.server.limits.max_body)
             body = self._read_body(head, framing)
         except ShimError as error:
-            status = self._refuse(error, head, request_id)
-            self._record = self._record._replace(status=status, outcome=type(error).__name__)
+            served["status"] = self._refuse(error, head, request_id)
+            served["outcome"] = type(error).__name__
             return
         watch = ClientWatch(self.request)
-        request = Request(head.method, head.target, head.headers(), body, request_id, watch)
+        request = Request(head.method, head.target, headers, body, request_id, watch)
         response = self._answer(request)
-        self._record = self._record._replace(
-            status=response.status, model=response.model, key_name=key_name
-        )
-        self._record = self._record._replace(outcome=self._send(head, response, request))
+        served.update(status=response.status, model=response.model)
+        served["outcome"] = self._send(head, response, request)
 
     def _answer(self, request: Request) -> Response:
         try:
@@ -5267,7 +5280,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                     raise ProtocolError("the request line is malformed")
                 self._buffer, skipped = self._buffer[2:], True  # RFC 9112 2.2 allows one
             end = self._buffer.find(b"\r\n\r\n")
-            self._check_head_size(self._buffer[: end if end >= 0 else None])
+            self._check_head_size(self._buffer[: end if end >= 0 else None], end >= 0)
             if end >= 0:
                 head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
                 return parsed_head(head)
@@ -5276,8 +5289,10 @@ class ClientConnection(socketserver.BaseRequestHandler):
             if not self._fill(deadline):
                 return None
 
-    def _check_head_size(self, head: bytes) -> None:
+    def _check_head_size(self, head: bytes, complete: bool) -> None:
         limits = self.server.limits
+        if complete and len(head) <= limits.max_line and head.count(b"\r\n") <= limits.max_fields:
+            return
         line, *fields = head.rstrip(b"\r\n").split(b"\r\n")
         if len(line) > limits.max_line:
             raise TargetTooLongError(f"the request line is over {limits.max_line} bytes")

@@ -6092,11 +6092,7 @@ def constrained(schema: JSON) -> JSON:
 
 FIELDS = [
     case("max_tokens (S4-B7)", {"max_tokens": 100}, {"max_tokens": 100}),
-    case(
-        "a chat_body_of number as JavaScript may write it",
-        {"max_tokens": 100.0},
-        {"max_tokens": 100},
-    ),
+    case("a whole number as JavaScript may write it", {"max_tokens": 100.0}, {"max_tokens": 100}),
     case(
         "max_completion_tokens wins over max_tokens",
         {"max_tokens": 100, "max_completion_tokens": 200},
@@ -6274,7 +6270,8 @@ FIELDS = [
             "functions function_call parallel_tool_calls response_format reasoning_effort "
             "reasoning thinking user safety_identifier stream stream_options web_search_options "
             "modalities output_config prompt_cache_options cache_control container "
-            "context_management mcp_servers betas anthropic_beta input seed metadata audio logit_bias store".split()
+            "context_management mcp_servers betas anthropic_beta input seed metadata audio "
+            "logit_bias store".split()
         ),
         {},
     ),
@@ -6369,12 +6366,12 @@ ADAPTED = [
     case(
         "effort is a budget for older models",
         "claude-haiku-4-5",
-        chat(CHAT_HI, reasoning_effort="low"),
+        chat(CHAT_HI, reasoning_effort="low", thinking={"type": "adaptive"}),
         {
             **wanted(
                 user("hi"),
                 max_tokens=64000,
-                thinking={"type": "enabled", "display": "summarized", "budget_tokens": 2048},
+                thinking={"type": "enabled", "budget_tokens": 2048},
             ),
             "model": "claude-haiku-4-5",
         },
@@ -6675,6 +6672,11 @@ REFUSED = [
         "reasoning.max_tokens 0", chat(CHAT_HI, reasoning={"max_tokens": 0}), "reasoning.max_tokens"
     ),
     case("thinking a boolean", chat(CHAT_HI, thinking=True), "thinking"),
+    case(
+        "thinking.budget_tokens a string",
+        chat(CHAT_HI, thinking={"type": "enabled", "budget_tokens": "x"}),
+        "thinking.budget_tokens",
+    ),
     case("thinking.type a list", chat(CHAT_HI, thinking={"type": []}), "thinking.type"),
     case("user a number", chat(CHAT_HI, user=5), "user"),
     case("safety_identifier a number", chat(CHAT_HI, safety_identifier=5), "safety_identifier"),
@@ -7079,7 +7081,7 @@ ANSWERS = [
         choice("length", None, tool_calls=[call("t1", '{"city": "Par')]),
     ),
     case(
-        "thinking is readable, and chat_body_of for the way back (S3-B18, S4-B14)",
+        "thinking is readable, and whole for the way back (S3-B18, S4-B14)",
         chat_message_of(THOUGHT, HIDDEN, says("a")),
         REPLY,
         choice("stop", "a", reasoning_content="Hm.", thinking_blocks=[THOUGHT, HIDDEN]),
@@ -7091,7 +7093,7 @@ ANSWERS = [
         choice("stop", "a", thinking_blocks=[{**THOUGHT, "thinking": ""}, HIDDEN]),
     ),
     case(
-        "citations count characters of the chat_body_of content (S3-B18)",
+        "citations count characters of the whole content (S3-B18)",
         chat_message_of(
             says("\u4e16\U0001f600 "),
             {"type": "web_search_tool_result", "tool_use_id": "s1", "content": []},
@@ -7101,20 +7103,34 @@ ANSWERS = [
             ),
             says(".", citations=None),
             says("x", citations=[{"type": "char_location", "cited_text": "x"}]),
+            says(
+                "y",
+                citations=[
+                    {
+                        "type": "search_result_location",
+                        "source": "https://c.example",
+                        "title": "C",
+                        "cited_text": "y",
+                    }
+                ],
+            ),
         ),
         REPLY,
         choice(
             "stop",
-            "\u4e16\U0001f600 21C.x",
+            "\u4e16\U0001f600 21C.xy",
             annotations=[
                 cited(3, 6, "https://a.example", "A"),
                 cited(3, 6, "https://b.example", "https://b.example"),
+                cited(8, 9, "https://c.example", "C"),
             ],
         ),
     ),
     case(
         "blocks of unknown kinds are skipped",
-        chat_message_of({"type": "connector_text", "text": "psst"}, {"type": "fallback"}, says("a")),
+        chat_message_of(
+            {"type": "connector_text", "text": "psst"}, {"type": "fallback"}, says("a")
+        ),
         REPLY,
         choice("stop", "a"),
     ),
@@ -7275,6 +7291,7 @@ FENCES = [
     case("a fence that never ends", '```json\n{"a": 1', '{"a": 1'),
     case("fences inside a string", '{"a": "```\\n```"}', '{"a": "```\\n```"}'),
     case("white space that is text", ' \n {"a": 1} ', ' \n {"a": 1} '),
+    case("an end of a fence without a start", "x = 1\n```", "x = 1\n```"),
     case("one backtick", "`", "`"),
     case("nothing", "", ""),
 ]
@@ -7736,7 +7753,7 @@ PLAYBOOKS = [
         ),
     ),
     case(
-        "arguments: none at all, {} as it stands, chat_body_of in the start, white space",
+        "arguments: none at all, {} as it stands, whole in the start, white space",
         Playbook(
             [
                 CHAT_START,
@@ -7749,7 +7766,6 @@ PLAYBOOKS = [
                     block_start(1, type="tool_use", id="t1", name="f", input={}),
                     [opened(1, "t1", "f")],
                 ),
-                (json_delta(1, " "), [arguments(1, " ")]),
                 (json_delta(1, "{}"), [arguments(1, "{}")]),
                 (block_stop(1), []),
                 (
@@ -7757,6 +7773,12 @@ PLAYBOOKS = [
                     [opened(2, "t2", "f")],
                 ),
                 (block_stop(2), [arguments(2, '{"a":"\\u00e9"}')]),
+                (
+                    block_start(3, type="tool_use", id="t3", name="f", input={}),
+                    [opened(3, "t3", "f")],
+                ),
+                (json_delta(3, " "), [arguments(3, " ")]),
+                (block_stop(3), [arguments(3, "{}")]),
                 *stop("tool_calls"),
             ]
         ),
@@ -7811,7 +7833,7 @@ PLAYBOOKS = [
         ),
     ),
     case(
-        "a custom call comes chat_body_of, under the client's name (#27)",
+        "a custom call comes whole, under the client's name (#27)",
         Playbook(
             [
                 CHAT_START,
@@ -8012,13 +8034,13 @@ def test_chat_stream_whole_and_byte_by_byte(playbook: Playbook) -> None:
     """However the bytes are written and cut (S3-B19), the same chunks in pure ASCII."""
     for written in WRITTEN:
         raw = written(sse(*playbook.events()))
-        chat_body_of, bytewise = playbook.transform(), playbook.transform()
-        at_once = chat_body_of.feed(raw)
+        whole, bytewise = playbook.transform(), playbook.transform()
+        at_once = whole.feed(raw)
         assert chunks(at_once) == playbook.chunks(), written.__name__
         in_bytes = b"".join(bytewise.feed(raw[i : i + 1]) for i in range(len(raw)))
         assert in_bytes == at_once, written.__name__
-        assert (chat_body_of.complete, bytewise.complete) == (True, True)
-        assert chat_body_of.end() + bytewise.end() == b""
+        assert (whole.complete, bytewise.complete) == (True, True)
+        assert whole.end() + bytewise.end() == b""
 
 
 @pytest.mark.parametrize("playbook", PLAYBOOKS)
@@ -9985,7 +10007,10 @@ def test_failures_never_show_a_secret() -> None:
     key = shim.APIKey("sk-ant-ours", "the test")
     policy = shim.Policy(live_models=False, retries=shim.RetryPolicy(0))
     app = shim.App(upstream, key, policy, shim.Log(None, key.secrets()))
-    assert answered(ask(app, CHAT, QUESTION))["error"]["message"] == "Incorrect API key provided: invalid key [secret]"
+    assert (
+        answered(ask(app, CHAT, QUESTION))["error"]["message"]
+        == "Incorrect API key provided: invalid key [secret]"
+    )
 
 
 # --- chat completions
@@ -11527,28 +11552,28 @@ def test_websocket_is_refused_so_that_codex_falls_back() -> None:
         case(
             "HTTP/1.1",
             b"GET /v1/models?x=1 HTTP/1.1\r\nHost: localhost\r\nX-A: \t b \r\nx-a:c",
-            ("GET", "/v1/models?x=1", 1, [("host", "localhost"), ("x-a", "b"), ("x-a", "c")]),
+            ("GET", "/v1/models?x=1", 1, {"host": ["localhost"], "x-a": ["b", "c"]}),
         ),
-        case("HTTP/1.0 without Host", b"GET / HTTP/1.0", ("GET", "/", 0, [])),
+        case("HTTP/1.0 without Host", b"GET / HTTP/1.0", ("GET", "/", 0, {})),
         case(
             "the whole server",
             b"OPTIONS * HTTP/1.1\r\nHost: a",
-            ("OPTIONS", "*", 1, [("host", "a")]),
+            ("OPTIONS", "*", 1, {"host": ["a"]}),
         ),
         case(
             "an absolute target, which replaces Host",
             b"GET http://b.example:80/c?d HTTP/1.1\r\nHost: a\r\nX: 1",
-            ("GET", "/c?d", 1, [("host", "b.example:80"), ("x", "1")]),
+            ("GET", "/c?d", 1, {"host": ["b.example:80"], "x": ["1"]}),
         ),
         case(
             "an absolute target without path",
             b"GET HTTP://b HTTP/1.1\r\nHost: a",
-            ("GET", "/", 1, [("host", "b")]),
+            ("GET", "/", 1, {"host": ["b"]}),
         ),
         case(
             "bytes beyond ASCII in a value",
             b"GET / HTTP/1.0\r\nX: caf\xe9",
-            ("GET", "/", 0, [("x", "caf\xe9")]),
+            ("GET", "/", 0, {"x": ["caf\xe9"]}),
         ),
     ],
 )
@@ -11639,7 +11664,7 @@ LOOPBACK = "localhost:8765"
     ],
 )
 def test_origin_of_a_request_s2_b6(fields: Dict[str, str], allowed: bool) -> None:
-    head = shim.Head("POST", "/v1/messages", 1, list(fields.items()))
+    head = shim.Head("POST", "/v1/messages", 1, {k: [v] for k, v in fields.items()})
     names = frozenset({"127.0.0.1", "my.example"})
     if allowed:
         shim.check_origin(head, names)
@@ -11649,7 +11674,7 @@ def test_origin_of_a_request_s2_b6(fields: Dict[str, str], allowed: bool) -> Non
 
 
 def test_refused_host_is_told_what_to_do() -> None:
-    head = shim.Head("GET", "/", 1, [("host", "my.example:80")])
+    head = shim.Head("GET", "/", 1, {"host": ["my.example:80"]})
     with pytest.raises(shim.ForbiddenError, match=r"--allow-host my\.example$"):
         shim.check_origin(head, frozenset())
 
