@@ -1574,6 +1574,8 @@ MODEL_RULES: Tuple[Callable[[JSON, Model, List[str]], JSON], ...] = (
     _default_max_tokens_rule,
 )
 
+_SCHEMA_REFUSED = re.compile(r"[Ss]chema is too complex|recursive schemas")
+
 # A 400 of upstream that names what the table did not know: pattern -> what the model does not take.
 REFUSALS: Tuple[Tuple[Pattern[str], JSON], ...] = (
     (re.compile(r"cannot both be specified"), {"temperature_and_top_p": False}),
@@ -1594,7 +1596,8 @@ REFUSALS: Tuple[Tuple[Pattern[str], JSON], ...] = (
         {"thinking": frozenset({"adaptive"}), "thinks_by_default": True},
     ),
     (re.compile(r"output_config\.effort|effort.*not supported"), {"efforts": ()}),
-    (re.compile(r"[Ss]chema is too complex|recursive schemas"), {"strict_tools": False}),
+    (_SCHEMA_REFUSED, {"strict_tools": False}),
+    (_SCHEMA_REFUSED, {"structured_outputs": False}),
     (re.compile(r"output_config\.format.*not supported"), {"structured_outputs": False}),
 )
 
@@ -1604,16 +1607,15 @@ _SIGNATURE_REFUSED = re.compile(
 )
 
 
-def model_after_refusal(model: Model, message: str) -> Optional[Model]:
-    """Return what is known of `model` after upstream refused a request with `message`.
+def models_after_refusal(model: Model, message: str) -> Iterator[Model]:
+    """Yield what may be true of `model` after upstream refused a request with `message`.
 
-    None when the message names nothing that could be left out.
+    Nothing when the message names nothing that could be left out.
     """
     for pattern, differences in REFUSALS:
-        if pattern.search(message):
-            learned = model._replace(**differences)
-            return learned if learned != model else None
-    return None
+        learned = model._replace(**differences)
+        if learned != model and pattern.search(message):
+            yield learned
 
 
 def refuses_signature(message: str) -> bool:
@@ -1862,6 +1864,7 @@ def _parsed_input(text: str, given: Any) -> JSON:
         return {"input": given if isinstance(given, dict) else {}}
     try:
         value = json.loads(text)
+        dumps(value)  # infinity, which Python reads, is no JSON
     except (ValueError, RecursionError):
         value = None
     return {"input": value} if isinstance(value, dict) else {"input": {}, "partial_json": text}
@@ -2247,7 +2250,7 @@ def _tool_use(draft: ChatDraft, call: JSON, path: str) -> JSON:
     kind = "custom" if isinstance(call.get("custom"), dict) else "function"
     function = as_object(call.get(kind, call), f"{path}.{kind}")
     name = as_text(function.get("name"), f"{path}.{kind}.name")
-    id = as_text(call.get("id") or call.get("call_id"), f"{path}.id")
+    id = as_text(call.get("id", call.get("call_id")), f"{path}.id")
     given = {"input": function.get("input")} if kind == "custom" else function.get("arguments")
     return {
         "type": "tool_use",
@@ -2363,10 +2366,19 @@ def _is_server_tool(tool: JSON) -> bool:
     return isinstance(type_, str) and bool(re.search(r"_20\d{6}$|^mcp_toolset$", type_))
 
 
+_NATIVE_TOOL_FIELDS = (
+    "input_examples",
+    "defer_loading",
+    "eager_input_streaming",
+    "allowed_callers",
+)
+
+
 def _function_tool(draft: ChatDraft, function: JSON, path: str) -> JSON:
     name = as_text(function.get("name"), f"{path}.name")
     schema = function.get("input_schema", function.get("parameters"))
     tool: JSON = {"name": draft.tool_name(name)}
+    tool.update({k: function[k] for k in _NATIVE_TOOL_FIELDS if k in function})
     if isinstance(function.get("description"), str) and function["description"]:
         tool["description"] = function["description"]
     tool["input_schema"] = tool_schema(schema, f"{path}.parameters")
@@ -2428,6 +2440,9 @@ def _tool_choice(draft: ChatDraft, value: Any, path: str) -> None:
         nested = isinstance(choice.get(str(choice.get("type"))), dict)
         where = f"{path}.{choice['type']}.name" if nested else f"{path}.name"
         name = as_text(_chosen_name(choice), where)
+        tools = draft.request.get("tools", ())
+        if tools and all(tool.get("name") != safe_name(name) for tool in tools):
+            raise RequestError(f"there is no tool {name!r}", param=where)
         draft.require_tools({"type": "tool", "name": draft.tool_name(name)})
 
 
@@ -2555,6 +2570,8 @@ def _json_schema(draft: ChatDraft, format: JSON) -> None:
     schema, gone = output_schema(format.get("schema"), path)
     for keyword in gone:
         draft.ignore(f"response_format.{keyword}")
+    if format.get("description"):
+        draft.ignore("response_format.json_schema.description")
     draft.json_schema = True
     _output_config(draft, {"format": {"type": "json_schema", "schema": schema}}, "output_config")
 
@@ -4637,7 +4654,7 @@ class App:
         route = route_of(path)
         if method == "OPTIONS":
             return ""  # tells the methods, and shares nothing across origins
-        deep = "deep=1" in target.partition("?")[2]
+        deep = asks_deep(target)
         name = "" if route and route.open and not deep else self.policy.client_keys.name_of(headers)
         if route is None:
             raise NotFoundError(f"{plain(method)} {plain(path)} is not supported by claude_shim")
@@ -4782,15 +4799,17 @@ class App:
                 response = self._post(request, fitted.request, draft.betas)
                 break
             except UpstreamError as error:
-                learned = model_after_refusal(model, error.message) if error.status == 400 else None
-                if error.status == 400 and refuses_signature(error.message) and not stripped:
-                    question, stripped = without_thinking(question), True
-                elif learned and adapted(question, learned).request != fitted.request:
-                    model = learned
-                else:
+                if error.status != 400:
                     raise
-        model = model._replace(strict_tools=True)  # that was about these schemas only
-        if model != self.catalogue.model(model.id):
+                if refuses_signature(error.message) and not stripped:
+                    question, stripped = without_thinking(question), True
+                else:
+                    model = self._cured(question, model, error)
+        known = self.catalogue.model(model.id)
+        # What was refused of a schema is true of that schema, not of the model.
+        about_schemas = {"strict_tools", "structured_outputs"}
+        model = model._replace(**{field: getattr(known, field) for field in about_schemas})
+        if model != known:
             self.catalogue.learn(model)
         source = response.source
         if draft.annotated:  # server tools may pause the turn
@@ -4798,6 +4817,15 @@ class App:
                 source, fitted.request, lambda body: self._post(request, body, draft.betas).source
             )
         return Asked(source, response.headers, fitted.changed)
+
+    @staticmethod
+    def _cured(question: JSON, model: Model, error: UpstreamError) -> Model:
+        """What to take `model` for, so that the question is put otherwise; else the error."""
+        before = adapted(question, model).request
+        for learned in models_after_refusal(model, error.message):
+            if adapted(question, learned).request != before:
+                return learned
+        raise error
 
     def _post(self, request: Request, body: JSON, betas: Sequence[str]) -> UpstreamResponse:
         """Return upstream's answer to a translated request; UpstreamError if it is no stream."""
@@ -4924,10 +4952,10 @@ class App:
     def health(self, request: Request) -> Response:
         """GET / and /health; with ?deep=1 also whether upstream takes the credential."""
         status: JSON = {"status": "ok", "service": "claude_shim", "version": __version__}
-        if "deep=1" not in request.path.partition("?")[2]:
+        if not asks_deep(request.path):
             return json_response(200, status)
         asked, told = self._health
-        if time.monotonic() - asked > 60:
+        if time.monotonic() - asked > 60 or isinstance(self.credential, Passthrough):
             told = self._credential_health(request.headers)
             self._health = (time.monotonic(), told)
         return json_response(200 if told["credential"] == "ok" else 503, {**status, **told})
@@ -4953,6 +4981,11 @@ class App:
             message = "claude_shim has no WebSocket; use plain HTTP"
             raise UpgradeRequiredError(message, headers=[("upgrade", "HTTP/1.1")])
         raise NotFoundError("no responses are stored here")
+
+
+def asks_deep(target: str) -> bool:
+    """Return whether a health check is to ask upstream, too."""
+    return "1" in urllib.parse.parse_qs(target.partition("?")[2]).get("deep", [])
 
 
 class GatheringSink(MessageAssembler):
@@ -5250,11 +5283,10 @@ class ClientConnection(socketserver.BaseRequestHandler):
         )
         return self.server.app.failure(failure, request)
 
-    @staticmethod
-    def _request_id(head: Head) -> str:
+    def _request_id(self, head: Head) -> str:
         """The client's own id if it is harmless, else a new one."""
         given = "".join(head.values("x-request-id"))
-        return given if SAFE_REQUEST_ID.fullmatch(given) else f"shim_{secrets.token_hex(12)}"
+        return given if SAFE_REQUEST_ID.fullmatch(given) else self.server.new_request_id()
 
     # --- reading
 
@@ -5503,6 +5535,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._connections: Dict[socket.socket, threading.Thread] = {}
         self._connections_lock = threading.Lock()
         self._thread: Optional[threading.Thread] = None
+        self._id_prefix, self._id_numbers = f"shim_{secrets.token_hex(8)}", itertools.count(1)
         self._waker, self._wakened = socket.socketpair()
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -5534,6 +5567,10 @@ class Server(http.server.ThreadingHTTPServer):
         finally:
             with self._connections_lock:
                 self._connections.pop(request, None)
+
+    def new_request_id(self) -> str:
+        """Return an id that no other request has; random bytes are drawn once, as they are slow."""
+        return f"{self._id_prefix}_{next(self._id_numbers):x}"
 
     def wait_idle(self, sock: socket.socket) -> bool:
         """Return whether another request comes before the idle time or the server ends."""
