@@ -1959,13 +1959,16 @@ class EventTransform:
         )
 
 
+_EVENT_DECODER = json.JSONDecoder()
+
+
 def parsed_event(block: bytes) -> Optional[JSON]:
     """Return the event of one block of lines; None for a comment; UpstreamCutError if no JSON."""
     data = event_data(block)
     if not data.strip():
         return None
     try:
-        event = json.loads(data.decode("utf-8"))
+        event = _EVENT_DECODER.decode(data.decode("utf-8"))
     except (ValueError, RecursionError):
         raise UpstreamCutError("upstream sent an event that is not JSON") from None
     return event if isinstance(event, dict) else None
@@ -2740,9 +2743,11 @@ def messages_request_from_chat(
     for field, (reason, used) in CHAT_REJECTED.items():
         if used(body.get(field)):
             raise RequestError(reason, param=field)
-    for field, (_, handler) in CHAT_REQUEST.items():
-        if body.get(field) is not None and not (field == "input" and body.get("messages")):
-            handler(draft, body[field], field)
+    given = {field for field, value in body.items() if value is not None}
+    if body.get("messages"):
+        given.discard("input")
+    for field in [field for field in CHAT_REQUEST if field in given]:
+        CHAT_REQUEST[field][1](draft, body[field], field)
     for field in body:
         if field not in CHAT_REQUEST and field not in CHAT_REJECTED and _asks(body[field]):
             draft.ignore(field)
@@ -3601,7 +3606,6 @@ class UpstreamConnection(Source):
         """Send a request and return its answer's head; OSError if the connection broke before."""
         self._deadline = time.monotonic() + self._limits.total
         self._finished = False
-        self.sock.settimeout(self._limits.silence)
         try:
             self._send(head, request.body)
         except (BrokenPipeError, ConnectionResetError):
@@ -3790,6 +3794,7 @@ class PooledHandler(urllib.request.BaseHandler):
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock = self._secured(sock, call)
+            sock.settimeout(self._limits.silence)
         except OSError as error:
             sock.close()
             raise UpstreamUnreachableError(_tls_sentence(host, error)) from None
@@ -5215,6 +5220,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.request.settimeout(self.server.limits.write_seconds)
         self._buffer = b""
         self._open = True
         self._served: JSON = {}  # what the log is told of the request
@@ -5400,7 +5406,6 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def _send(self, head: Head, response: Response, request: Request) -> str:
         """Send an answer; say for the log how it ended."""
-        self.request.settimeout(self.server.limits.write_seconds)
         if isinstance(response.body, Gathered):
             response, outcome = self._gathered(response.body, request)
             self._send_whole(head, response, request)
@@ -5419,7 +5424,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         body = response.body if isinstance(response.body, bytes) else b""
         length = [("content-length", str(len(body)))] if response.status != 204 else []
         headers = [*response.headers, *length, *self._ending(head)]
-        if all(name != "x-request-id" for name, _ in headers) and request.request_id:
+        if request.request_id and "x-request-id" not in dict(headers):
             headers.append(("x-request-id", request.request_id))
         top = response_head(response.status, headers, int(time.time()))
         self.request.sendall(top if head.method == "HEAD" else top + body)
