@@ -76,10 +76,8 @@ def nothing_left_over() -> Iterator[None]:
 
 def sse(*events: JSON) -> bytes:
     """The events as Anthropic sends them."""
-    lines = (
-        f"event: {event['type']}\ndata: {json.dumps(event, separators=(',', ':'), ensure_ascii=False)}\n\n"
-        for event in events
-    )
+    dumped = [json.dumps(event, separators=(",", ":"), ensure_ascii=False) for event in events]
+    lines = (f"event: {e['type']}\ndata: {data}\n\n" for e, data in zip(events, dumped))
     return "".join(lines).encode()
 
 
@@ -8585,7 +8583,7 @@ EARLY = "answer before the body is read"
 
 
 class FakeUpstream:
-    """An upstream on real sockets: each request plays the next script, the last one again and again.
+    """An upstream on real sockets: each request plays the next script, the last one again.
 
     A step of a script is bytes to send, an iterator of bytes, an Event to wait for, or one of the
     words above.
