@@ -20,6 +20,7 @@ import random
 import re
 import signal
 import socket
+import ssl
 import statistics
 import struct
 import subprocess
@@ -8589,8 +8590,12 @@ class FakeUpstream:
     words above.
     """
 
-    def __init__(self, *scripts: Sequence[Any]) -> None:
+    def __init__(
+        self, *scripts: Sequence[Any], tls: Optional[ssl.SSLContext] = None, tunnels: bool = False
+    ) -> None:
         self._scripts = [list(script) for script in scripts]
+        self._tls = tls
+        self._tunnels = tunnels  # takes a CONNECT first, and is then what is behind it
         self._lock = threading.Lock()
         self._sockets: List[socket.socket] = []
         self._threads: List[threading.Thread] = []
@@ -8641,7 +8646,13 @@ class FakeUpstream:
     def _serve(self, sock: socket.socket) -> None:
         sock.settimeout(2 * PATIENCE)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with sock, contextlib.suppress(OSError, EOFError):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, EOFError):
+            stack.enter_context(sock)
+            if self._tunnels:
+                self.requests.append(self._read(sock, until=b"\r\n\r\n"))
+                sock.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+            if self._tls:
+                sock = stack.enter_context(self._tls.wrap_socket(sock, server_side=True))
             while True:
                 head = self._read(sock, until=b"\r\n\r\n")
                 with self._lock:
@@ -9311,6 +9322,90 @@ def test_proxy_that_does_not_connect(script: List[Any], told: str, proxy_environ
         b"Proxy-Authorization: Basic YW5uOnNAY3JldA==\r\n\r\n"
     )
     assert proxy.requests == [asked]
+
+
+# A key for tests, and the certificate that it signed for localhost, 127.0.0.1 and upstream.example.
+TEST_PEM = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg3OfS435gbSvFISbj
+7off/tUxnfswXFcNrCchKX7AHM2hRANCAAR62Y1Dp24Kyyju0UhnP+mU0Xmdn14s
+l6BiNkknEUKUv3M6fzhGILvrVoxjugXcai8ZL2edEKMWx8Y720+M433t
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBvjCCAWWgAwIBAgIUKm2vXoVSpSXYV75/Eco99R9uvQEwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMTEyMjkxNFoYDzIxMjYxMDI4
+MTIyOTE0WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAR62Y1Dp24Kyyju0UhnP+mU0Xmdn14sl6BiNkknEUKUv3M6fzhGILvr
+VoxjugXcai8ZL2edEKMWx8Y720+M433to4GSMIGPMB0GA1UdDgQWBBTWT2DsWKCI
+5G5Z0ZtFqSh+oOKfZDAfBgNVHSMEGDAWgBTWT2DsWKCI5G5Z0ZtFqSh+oOKfZDAs
+BgNVHREEJTAjgglsb2NhbGhvc3SCEHVwc3RyZWFtLmV4YW1wbGWHBH8AAAEwDgYD
+VR0PAQH/BAQDAgKEMA8GA1UdEwEB/wQFMAMBAf8wCgYIKoZIzj0EAwIDRwAwRAIg
+JBbksh+J9P2YJVp4fiz+RLHHPBl8+YXs+VtfiVYVgMkCIBK4KtX7sHRxN8YU9++i
+mnaRWgj9i7lLGuIeaJDobCLJ
+-----END CERTIFICATE-----
+"""
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path) -> ssl.SSLContext:
+    """What an upstream at localhost or upstream.example shows."""
+    (tmp_path / "test.pem").write_text(TEST_PEM, encoding="ascii")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "test.pem")
+    return context
+
+
+def trusting() -> ssl.SSLContext:
+    return ssl.create_default_context(cadata=TEST_PEM[TEST_PEM.index("-----BEGIN CERT") :])
+
+
+def test_tls_upstream_is_read_in_any_pieces_over_one_connection(tls_server: ssl.SSLContext) -> None:
+    slowly = [FINE_ANSWER[i : i + 1] for i in range(len(FINE_ANSWER))]
+    with FakeUpstream(slowly, [FINE_ANSWER], tls=tls_server) as fake:
+        url = f"https://localhost:{fake.host.partition(':')[2]}"
+        with contextlib.closing(shim.HTTPUpstream(url, context=trusting())) as upstream:
+            for _ in range(2):
+                assert read_whole(sent(upstream, ("x-api-key", "k"))) == b"fine"
+        assert fake.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "told"),
+    [
+        case(
+            "an authority that nobody knows", "localhost", ssl.create_default_context, "--ca-file"
+        ),
+        case("a certificate for another name", "127.0.0.2", trusting, "127.0.0.2"),
+    ],
+)
+def test_tls_upstream_that_cannot_be_trusted_gets_nothing(
+    name: str, context: Any, told: str, tls_server: ssl.SSLContext
+) -> None:
+    with FakeUpstream([FINE_ANSWER], tls=tls_server) as fake:
+        port = int(fake.host.partition(":")[2])
+        upstream = shim.HTTPUpstream(f"https://{name}:{port}", context=context())
+        with contextlib.closing(upstream), pytest.raises(shim.UpstreamUnreachableError) as caught:
+            sent(upstream, ("x-api-key", "k"))
+        assert told in caught.value.message
+        assert fake.requests == []
+
+
+def test_tls_upstream_behind_a_proxy_that_connects(
+    tls_server: ssl.SSLContext, proxy_environment: Any
+) -> None:
+    with FakeUpstream([FINE_ANSWER], tls=tls_server, tunnels=True) as fake:
+        proxy_environment(HTTPS_PROXY=f"http://ann:secret@{fake.host}", NO_PROXY="b.example")
+        upstream = shim.HTTPUpstream("https://upstream.example", context=trusting())
+        with contextlib.closing(upstream):
+            assert read_whole(sent(upstream, ("x-api-key", "k"))) == b"fine"
+    connect, request = fake.requests
+    assert connect == (
+        b"CONNECT upstream.example:443 HTTP/1.1\r\nHost: upstream.example:443\r\n"
+        b"Proxy-Authorization: Basic YW5uOnNlY3JldA==\r\n\r\n"
+    )
+    assert b"Host: upstream.example\r\n" in request
+    assert b"x-api-key: k\r\n" in request
+    assert b"roxy-" not in request
 
 
 def test_plain_upstream_behind_a_proxy(proxy_environment: Any) -> None:
