@@ -9372,22 +9372,20 @@ def test_tls_upstream_is_read_in_any_pieces_over_one_connection(tls_server: ssl.
 @pytest.mark.parametrize(
     ("name", "context", "told"),
     [
-        case(
-            "an authority that nobody knows", "localhost", ssl.create_default_context, "--ca-file"
-        ),
-        case("a certificate for another name", "127.0.0.2", trusting, "127.0.0.2"),
+        case("an unknown authority", "upstream.example", ssl.create_default_context, "--ca-file"),
+        case("a certificate for another name", "other.example", trusting, "Hostname mismatch"),
     ],
 )
 def test_tls_upstream_that_cannot_be_trusted_gets_nothing(
-    name: str, context: Any, told: str, tls_server: ssl.SSLContext
+    name: str, context: Any, told: str, tls_server: ssl.SSLContext, proxy_environment: Any
 ) -> None:
-    with FakeUpstream([FINE_ANSWER], tls=tls_server) as fake:
-        port = int(fake.host.partition(":")[2])
-        upstream = shim.HTTPUpstream(f"https://{name}:{port}", context=context())
+    with FakeUpstream([FINE_ANSWER], tls=tls_server, tunnels=True) as fake:
+        proxy_environment(HTTPS_PROXY=f"http://{fake.host}", NO_PROXY="b.example")
+        upstream = shim.HTTPUpstream(f"https://{name}", context=context())
         with contextlib.closing(upstream), pytest.raises(shim.UpstreamUnreachableError) as caught:
             sent(upstream, ("x-api-key", "k"))
         assert told in caught.value.message
-        assert fake.requests == []
+        assert len(fake.requests) == 1  # the CONNECT
 
 
 def test_tls_upstream_behind_a_proxy_that_connects(
