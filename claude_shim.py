@@ -399,8 +399,13 @@ def loads(body: bytes) -> Any:
         text = text[1:]
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
         raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
-    value = _DECODER.decode(text)
+    value = loads_text(text)
     return _without_surrogates(value) if _SURROGATE_ESCAPE.search(text) else value
+
+
+def loads_text(text: str) -> Any:
+    """Return the value of a JSON text; ValueError for what is none, NaN and infinity included."""
+    return _DECODER.decode(text)
 
 
 def loads_object(body: bytes) -> JSON:
@@ -689,6 +694,8 @@ def resolved_model_id(name: str, aliases: Dict[str, str], live: Sequence[Model])
     else:
         if not _is_claude(bare, live):
             raise ModelNotFoundError(_no_such_model(name, aliases, live), param="model")
+    if any(model.id == bare for model in live):
+        return bare
     alias = _ALIAS.match(bare)
     if not alias:
         return bare.replace(".", "-") if bare.startswith("claude-") else bare
@@ -1230,16 +1237,16 @@ class Draft:
         self.request: JSON = {"model": model}
         self.system: List[JSON] = []
         self.turns: List[Tuple[str, List[JSON]]] = []
-        self.ignored: List[str] = []
+        self.ignored: Dict[str, None] = {}  # a set in order
         self.betas: List[str] = []
+        self._tools: Dict[Any, JSON] = {}
         self.original_names: Dict[str, str] = {}  # as upstream knows a tool -> as the client does
         self.custom_tools: List[str] = []  # tools of free text, as the client knows them
         self.recall = recall or (lambda tool_use_id: [])
 
     def ignore(self, field: str) -> None:
         """Note that `field` has no effect, once."""
-        if field not in self.ignored:
-            self.ignored.append(field)
+        self.ignored[field] = None
 
     def tool_name(self, name: str) -> str:
         """Return the name of a tool as upstream takes it; the way back is remembered."""
@@ -1250,9 +1257,10 @@ class Draft:
 
     def add_tool(self, tool: JSON) -> None:
         """Add a tool; a later one of the same name replaces it, as Anthropic takes no twins."""
-        name = tool.get("name")  # sets of tools have none
-        others = [t for t in self.request.get("tools", ()) if name is None or t.get("name") != name]
-        self.request["tools"] = [*others, tool]
+        name = tool.get("name", len(self._tools))  # sets of tools have none
+        self._tools.pop(name, None)
+        self._tools[name] = tool
+        self.request["tools"] = self._tools.values()
 
     def require_tools(self, choice: JSON) -> None:
         """Set `tool_choice`, keeping a mark against parallel calls that is there already."""
@@ -1264,6 +1272,7 @@ class Draft:
     def finished(self) -> JSON:
         """Return the Messages request, its conversation in the order that Anthropic takes."""
         request = {**self.request, "messages": conversation(self.turns), "stream": True}
+        request["tools"] = list(self.request.get("tools", ()))
         if self.system:
             request["system"] = self.system
         if not request.get("tools"):
@@ -1306,9 +1315,9 @@ def _merged(turns: Iterable[Tuple[str, List[JSON]]]) -> Turns:
             reminders = [system_reminder(block) for block in merged.pop()[1]]
             blocks, last = [*reminders, *blocks], "user"
         if role == last:
-            merged[-1] = (role, [*merged[-1][1], *blocks])
+            merged[-1][1].extend(blocks)
         else:
-            merged.append((role, blocks))
+            merged.append((role, list(blocks)))
     return merged
 
 
@@ -1321,34 +1330,36 @@ def _answered(turns: Turns) -> Turns:
     """Each tool_use with its result in the turn after it; ids that come again get a number."""
     answered: Turns = []
     calls: Dict[str, str] = {}  # id as the client wrote it -> as it goes up
-    seen: List[str] = []
+    seen: Dict[str, None] = {}
     for role, blocks in turns:
         if role == "assistant":
             answered.append(("user", _results_first([], calls)))
             blocks, calls = _distinct_calls(blocks, seen)
-            seen.extend(calls.values())
+            seen.update(dict.fromkeys(calls.values()))
         elif role == "user":
             blocks, calls = _results_first(blocks, calls), {}
         answered.append((role, blocks))
     return [*answered, ("user", _results_first([], calls))]
 
 
-def _distinct_calls(blocks: List[JSON], seen: List[str]) -> Tuple[List[JSON], Dict[str, str]]:
+def _distinct_calls(blocks: List[JSON], seen: Dict[str, None]) -> Tuple[List[JSON], Dict[str, str]]:
     """Drop a second call of the same id; number an id that an earlier turn had."""
     kept: List[JSON] = []
     calls: Dict[str, str] = {}
+    seen = dict(seen)
     for block in blocks:
         if block["type"] == "tool_use":
             if block["id"] in calls:
                 continue
-            new = _unused(block["id"], [*seen, *calls.values()])
+            new = _unused(block["id"], seen)
             calls[block["id"]] = new
+            seen[new] = None
             block = {**block, "id": new}
         kept.append(block)
     return kept, calls
 
 
-def _unused(id: str, seen: List[str]) -> str:
+def _unused(id: str, seen: Dict[str, None]) -> str:
     if id not in seen:
         return id
     return next(new for n in itertools.count(1) if (new := f"{id}_{n}") not in seen)
@@ -1625,9 +1636,8 @@ def refuses_signature(message: str) -> bool:
 
 def without_thinking(request: JSON) -> JSON:
     """Return `request` without the thinking blocks of earlier turns, the cure for that refusal."""
-    hidden = ("thinking", "redacted_thinking")
     turns = [
-        (m["role"], [block for block in m["content"] if block["type"] not in hidden])
+        (m["role"], [block for block in m["content"] if block["type"] not in THINKING_TYPES])
         for m in request["messages"]
     ]
     stripped = {**request, "messages": conversation(turns)}
@@ -1654,7 +1664,7 @@ def _marked_places(request: JSON) -> Iterator[JSON]:
 
 def _cache_marks(request: JSON) -> List[JSON]:
     places = itertools.chain(_marked_places(request), [request])
-    return [place for place in places if place.get("cache_control")]
+    return [place for place in places if _object_or_empty(place.get("cache_control"))]
 
 
 def limited_cache_marks(request: JSON) -> JSON:
@@ -1681,7 +1691,7 @@ def limited_cache_marks(request: JSON) -> JSON:
 def _with_one_lifetime(request: JSON) -> JSON:
     """The mark at the top lives as long as that of the last block: else that is a 400."""
     places = [place for place in _marked_places(request) if place.get("type") != "thinking"]
-    last = places[-1].get("cache_control") if places else None
+    last = _object_or_empty(places[-1].get("cache_control")) if places else None
     top = request.get("cache_control")
     differ = top and last and top.get("ttl", "5m") != last.get("ttl", "5m")
     return {**request, "cache_control": last} if differ else request
@@ -1689,7 +1699,8 @@ def _with_one_lifetime(request: JSON) -> JSON:
 
 def _hour_after_five_minutes(marks: Sequence[JSON]) -> bool:
     hours = [place["cache_control"].get("ttl") == "1h" for place in marks]
-    return any(later and not earlier for earlier, later in itertools.combinations(hours, 2))
+    five = hours.index(False) if False in hours else len(hours)
+    return any(hours[five:])
 
 
 def with_prompt_cache(request: JSON, ttl: str) -> JSON:
@@ -1731,6 +1742,14 @@ def input_token_total(usage: JSON) -> int:
     return sum(token_count(usage, name) for name in names)
 
 
+THINKING_TYPES = ("thinking", "redacted_thinking")
+
+
+def thinking_of(blocks: Iterable[JSON]) -> List[JSON]:
+    """Return the thinking among content blocks, the redacted too."""
+    return [block for block in blocks if block.get("type") in THINKING_TYPES]
+
+
 def is_client_tool_use(block: JSON) -> bool:
     """Return whether the client is to run this call; server tools run upstream."""
     return block.get("type") == "tool_use"
@@ -1744,8 +1763,12 @@ class EventSink:
     """
 
     complete = False  # message_stop was seen: nothing is missing
-    takes_text = False  # text deltas may come as JSON texts, by `feed_text`
     heartbeat = b""
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether text deltas may come as JSON texts, by `feed_text`."""
+        return False
 
     def feed(self, event: JSON) -> bytes:
         """Return the bytes that one event makes."""
@@ -1776,7 +1799,7 @@ class MessageAssembler(EventSink):
         self._in_text = False
 
     @property
-    def takes_text(self) -> bool:  # type: ignore[override]
+    def takes_text(self) -> bool:
         """Whether a text block is open."""
         return self._in_text
 
@@ -1908,7 +1931,7 @@ class EventTransform:
     def __init__(self, sink: EventSink) -> None:
         self._sink = sink
         self._events = EventDecoder()
-        self._failed = False
+        self.failed = False  # the client was told of an error, and gets nothing more
 
     @property
     def complete(self) -> bool:
@@ -1922,7 +1945,7 @@ class EventTransform:
 
     def feed(self, burst: bytes) -> bytes:
         """Return what the client gets for `burst`; a failure becomes bytes too."""
-        if self._failed or self.complete:
+        if self.failed or self.complete:
             return b""
         made: List[bytes] = []
         try:
@@ -1936,7 +1959,8 @@ class EventTransform:
         while position < len(events) and not self.complete:
             run = _TEXT_RUN.match(events, position) if self._sink.takes_text else None
             texts = ascii_texts(run.group()) if run else None
-            end = run.end() if run else events.index(b"\n\n", position) + 2
+            found = events.find(b"\n\n", position)
+            end = run.end() if run else found + 2 if found >= 0 else len(events)
             if texts:
                 made.append(self._sink.feed_text(texts))
             else:
@@ -1951,15 +1975,12 @@ class EventTransform:
 
     def end(self, error: Optional[ShimError] = None) -> bytes:
         """Return what the client gets when no more comes; a failure unless all had come."""
-        if self._failed or self.complete:
+        if self.failed or self.complete:
             return b""
-        self._failed = True
+        self.failed = True
         return self._sink.fail(
             error or UpstreamCutError("upstream ended in the middle of the answer")
         )
-
-
-_EVENT_DECODER = json.JSONDecoder()
 
 
 def parsed_event(block: bytes) -> Optional[JSON]:
@@ -1968,7 +1989,7 @@ def parsed_event(block: bytes) -> Optional[JSON]:
     if not data.strip():
         return None
     try:
-        event = _EVENT_DECODER.decode(data.decode("utf-8"))
+        event = loads_text(data.decode("utf-8"))
     except (ValueError, RecursionError):
         raise UpstreamCutError("upstream sent an event that is not JSON") from None
     return event if isinstance(event, dict) else None
@@ -2141,7 +2162,7 @@ def _native_call(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
 def _native_result(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
     id = safe_name(as_text(part.get("tool_use_id"), f"{path}.tool_use_id"))
     block = {**part, "tool_use_id": id}
-    if isinstance(part.get("content"), list):
+    if not isinstance(part.get("content"), (str, type(None))):
         block["content"] = chat_content(draft, part["content"], f"{path}.content")
     return [block]
 
@@ -2215,7 +2236,7 @@ def _assistant_message(draft: ChatDraft, message: JSON, path: str) -> None:
 
 def _with_thinking(draft: ChatDraft, blocks: List[JSON], message: JSON) -> List[JSON]:
     """Put the signed thinking of the turn before it: from the client, else from our memory."""
-    if any(block["type"] in ("thinking", "redacted_thinking") for block in blocks):
+    if thinking_of(blocks):
         return blocks
     carried = _signed(message.get("thinking_blocks"))
     carried = carried or _detailed(message.get("reasoning_details"))
@@ -2350,7 +2371,7 @@ def _tools(draft: ChatDraft, value: Any, path: str) -> None:
     for number, tool in enumerate(as_list(value, path)):
         where = f"{path}.{number}"
         tool = as_object(tool, where)
-        inner = tool.get(str(tool.get("type")))
+        inner = _inner(tool)
         function = {**tool, **inner} if isinstance(inner, dict) else tool
         where = f"{where}.{tool['type']}" if isinstance(inner, dict) else where
         if _is_server_tool(tool):
@@ -2361,6 +2382,12 @@ def _tools(draft: ChatDraft, value: Any, path: str) -> None:
             draft.add_tool(_marked([_custom_tool(draft, function, where)], function)[0])
         else:
             draft.add_tool(_marked([_function_tool(draft, function, where)], function)[0])
+
+
+def _inner(tool: JSON) -> Any:
+    """What a tool, or a choice of one, holds under the name of its type."""
+    type_ = tool.get("type")
+    return tool.get(type_) if isinstance(type_, str) else None
 
 
 def _is_server_tool(tool: JSON) -> bool:
@@ -2440,7 +2467,7 @@ def _tool_choice(draft: ChatDraft, value: Any, path: str) -> None:
     if choice.get("disable_parallel_tool_use") is True:
         _parallel_tool_calls(draft, False, path)
     if choice.get("type") not in ("auto", "any", "none"):
-        nested = isinstance(choice.get(str(choice.get("type"))), dict)
+        nested = isinstance(_inner(choice), dict)
         where = f"{path}.{choice['type']}.name" if nested else f"{path}.name"
         name = as_text(_chosen_name(choice), where)
         tools = draft.request.get("tools", ())
@@ -2450,7 +2477,7 @@ def _tool_choice(draft: ChatDraft, value: Any, path: str) -> None:
 
 
 def _chosen_name(choice: JSON) -> Any:
-    inner = choice.get(str(choice.get("type")))
+    inner = _inner(choice)
     return (inner if isinstance(inner, dict) else choice).get("name")
 
 
@@ -2583,6 +2610,8 @@ def _output_config(draft: ChatDraft, value: Any, path: str) -> None:
     config = as_object(value, path)
     if config.get("effort") is not None:
         as_text(config["effort"], f"{path}.effort")
+    if config.get("format") is not None:
+        as_object(config["format"], f"{path}.format")
     draft.request["output_config"] = {**draft.request.get("output_config", {}), **config}
 
 
@@ -2631,9 +2660,10 @@ def _reasoning(draft: ChatDraft, value: Any, path: str) -> None:
 def _thinking(draft: ChatDraft, value: Any, path: str) -> None:
     thinking = as_object(value, path)
     as_text(thinking.get("type"), f"{path}.type")
-    if thinking.get("budget_tokens") is not None:
-        as_positive_integer(thinking["budget_tokens"], f"{path}.budget_tokens")
     draft.request["thinking"] = dict(thinking)
+    if thinking.get("budget_tokens") is not None:
+        budget = as_positive_integer(thinking["budget_tokens"], f"{path}.budget_tokens")
+        draft.request["thinking"]["budget_tokens"] = budget
 
 
 def _user(draft: ChatDraft, value: Any, path: str) -> None:
@@ -2749,12 +2779,14 @@ def messages_request_from_chat(
     for field in [field for field in CHAT_REQUEST if field in given]:
         CHAT_REQUEST[field][1](draft, body[field], field)
     for field in body:
-        if field not in CHAT_REQUEST and field not in CHAT_REJECTED and _asks(body[field]):
+        if field not in CHAT_REQUEST and field not in CHAT_REJECTED and _asks(field, body[field]):
             draft.ignore(field)
     return draft
 
 
-def _asks(value: Any) -> bool:
+def _asks(field: str, value: Any) -> bool:
+    if field == "seed":
+        return value is not None
     return bool(value) and value not in _ASKS_FOR_NOTHING
 
 
@@ -2919,7 +2951,7 @@ def custom_input(block: JSON) -> str:
 
 def _chat_reasoning(blocks: List[JSON]) -> JSON:
     """Thinking, readable and as the exact blocks that must come back in a tool loop."""
-    thoughts = [b for b in blocks if b.get("type") in ("thinking", "redacted_thinking")]
+    thoughts = thinking_of(blocks)
     text = "".join(str(block.get("thinking", "")) for block in thoughts)
     carried = {"thinking_blocks": thoughts} if thoughts else {}
     return {"reasoning_content": text, **carried} if text else carried
@@ -3023,7 +3055,7 @@ class ChatStreamEncoder(EventSink):
         self._splices = not (reply.annotated or reply.json_object)
 
     @property
-    def takes_text(self) -> bool:  # type: ignore[override]
+    def takes_text(self) -> bool:
         """Whether text may be spliced: it may not where its characters count or are looked at."""
         return self._splices and self._message.takes_text
 
@@ -3119,7 +3151,7 @@ class ChatStreamEncoder(EventSink):
         told = self._message.open_text.strip()
         self._message.feed(event)
         block = self._open_block()
-        if block.get("type") in ("thinking", "redacted_thinking"):
+        if block.get("type") in THINKING_TYPES:
             return self._thinking_block(block)
         if not is_client_tool_use(block):
             return b""
@@ -3130,7 +3162,7 @@ class ChatStreamEncoder(EventSink):
 
     def _thinking_block(self, block: JSON) -> bytes:
         """The exact block, once: what LiteLLM and the Agents SDK send back in a tool loop."""
-        index = len(_thinking_of(self._blocks())) - 1
+        index = len(thinking_of(self._blocks())) - 1
         return self._delta({"thinking_blocks": [{"index": index, **block}]})
 
     def _on_message_delta(self, event: JSON) -> bytes:
@@ -3143,7 +3175,7 @@ class ChatStreamEncoder(EventSink):
             raise UpstreamCutError("upstream ended an answer that had not begun")
         self.complete = True
         calls = [str(block.get("id")) for block in self._blocks() if is_client_tool_use(block)]
-        self._remember(calls, _thinking_of(self._blocks()))
+        self._remember(calls, thinking_of(self._blocks()))
         finish = _finish(message, bool(calls), self._reply)
         chunks = [*self._last_deltas(message), self._chunk([self._choice({}, finish)])]
         if self._reply.include_usage:
@@ -3170,10 +3202,6 @@ class ChatStreamEncoder(EventSink):
     def _name(self, block: JSON) -> str:
         name = str(block.get("name"))
         return self._reply.names.get(name, name)
-
-
-def _thinking_of(blocks: List[JSON]) -> List[JSON]:
-    return [b for b in blocks if b.get("type") in ("thinking", "redacted_thinking")]
 
 
 # --- the legacy endpoint, over the same path
@@ -3414,6 +3442,7 @@ def parsed_client_keys(text: str, source: str) -> Dict[str, str]:
 
 MAX_HEAD_BYTES = 64 << 10
 _BURST = 256 << 10
+_PIECE = 64 << 10
 
 
 class Limits(NamedTuple):
@@ -3427,13 +3456,24 @@ class Limits(NamedTuple):
 
 def readable(sockets: Sequence[socket.socket], timeout: float) -> List[socket.socket]:
     """Return those of `sockets` that can be read, or were closed, within `timeout` seconds."""
+    return ready_of(sockets, (), timeout)
+
+
+def ready_of(
+    readers: Sequence[socket.socket], writers: Sequence[socket.socket], timeout: float
+) -> List[socket.socket]:
+    """Return those of `readers` that can be read and of `writers` that can be written in time."""
     if not hasattr(select, "poll"):  # Windows
-        return list(select.select(sockets, [], [], max(0.0, timeout))[0])
+        read, written, _ = select.select(readers, writers, [], max(0.0, timeout))
+        return [*read, *written]
     poll = select.poll()
-    for sock in sockets:
+    for sock in readers:
         poll.register(sock, select.POLLIN)
-    ready = {descriptor for descriptor, _ in poll.poll(max(0, math.ceil(timeout * 1000)))}
-    return [sock for sock in sockets if sock.fileno() in ready]
+    for sock in writers:
+        poll.register(sock, select.POLLOUT)
+    milliseconds = min(max(0, math.ceil(timeout * 1000)), 1 << 30)
+    ready = {descriptor for descriptor, _ in poll.poll(milliseconds)}
+    return [sock for sock in (*readers, *writers) if sock.fileno() in ready]
 
 
 class ClientWatch:
@@ -3456,6 +3496,17 @@ class ClientWatch:
                 return False
             if not watched:
                 time.sleep(max(0.0, deadline - time.monotonic()))
+
+    def wait_writable(self, sock: socket.socket, timeout: float) -> bool:
+        """Return whether `sock` takes bytes in time; ClientGone as soon as the client left."""
+        deadline = time.monotonic() + timeout
+        while True:
+            watched = [self._sock] if self._sock is not None else []
+            ready = ready_of(watched, [sock], deadline - time.monotonic())
+            if self._sock in ready:
+                self._look()
+            if sock in ready or time.monotonic() >= deadline:
+                return sock in ready
 
     def _look(self) -> None:
         """Bytes are the next request, sent early: then there is nothing more to see here."""
@@ -3482,7 +3533,7 @@ class UpstreamRequest(NamedTuple):
 
 
 class Source:
-    """Body bytes that are still coming: `read` until b"", then or before that `close`."""
+    """Body bytes that are still coming: `read` until b"", then `close`; or `drop` at any time."""
 
     sock: Optional[socket.socket] = None  # to wait on; None when `read` never waits
     silence_seconds = 300.0  # after which the rest is not waited for
@@ -3491,8 +3542,11 @@ class Source:
         """Return whether `read` has bytes at hand."""
         return True
 
-    def read(self) -> bytes:
-        """Return the next burst, b"" at the regular end; a ShimError when it is cut."""
+    def read(self) -> Optional[bytes]:
+        """Return the next burst, None if it is not whole yet, b"" at the regular end.
+
+        A ShimError when the rest will not come.
+        """
         raise NotImplementedError
 
     def close(self) -> None:
@@ -3599,15 +3653,18 @@ class UpstreamConnection(Source):
         self._chunks: Optional[ChunkedDecoder] = None
         self._left: Optional[int] = None
         self._keep = False
+        self._given_back = False
         self._finished = False
         self._deadline = 0.0
 
     def exchange(self, head: bytes, request: UpstreamRequest) -> UpstreamResponse:
         """Send a request and return its answer's head; OSError if the connection broke before."""
-        self._deadline = time.monotonic() + self._limits.total
+        self._deadline = time.monotonic() + (request.patience or self._limits.total)
         self._finished = False
+        if request.patience:
+            self.silence_seconds = request.patience
         try:
-            self._send(head, request.body)
+            self._send(head, request)
         except (BrokenPipeError, ConnectionResetError):
             if not self.used and readable([self.sock], 0.5):
                 pass  # an early refusal, such as 413, may be waiting
@@ -3619,12 +3676,16 @@ class UpstreamConnection(Source):
         self._left, self._keep = framing.length, framing.keep
         return UpstreamResponse(status, headers, self)
 
-    def _send(self, head: bytes, body: bytes) -> None:
-        if len(body) < 1 << 16:
-            self.sock.sendall(head + body)  # one packet is faster than two
-        else:
-            self.sock.sendall(head)
-            self.sock.sendall(body)
+    def _send(self, head: bytes, request: UpstreamRequest) -> None:
+        if len(request.body) < _PIECE:
+            self.sock.sendall(head + request.body)  # one packet is faster than two
+            return
+        self.sock.sendall(head)
+        rest = memoryview(request.body)
+        while rest:
+            if not request.watch.wait_writable(self.sock, self._limits.silence):
+                raise UpstreamTimeoutError("upstream does not read the request")
+            rest = rest[self.sock.send(rest[:_PIECE]) :]
 
     def _read_head(self, request: UpstreamRequest) -> Tuple[int, HeaderList]:
         deadline = time.monotonic() + (request.patience or self._limits.first_byte)
@@ -3636,20 +3697,21 @@ class UpstreamConnection(Source):
                 self._buffer = self._buffer[end + 4 :]
                 if status >= 200:
                     return status, headers
+                begun = True
                 continue  # 100 Continue, 103 Early Hints
             if len(self._buffer) > MAX_HEAD_BYTES:
                 raise UpstreamCutError("upstream sent an endless response head")
+            begun = begun or bool(self._buffer)
             self._buffer += self._head_burst(request, deadline, begun)
-            begun = True
 
     def _head_burst(self, request: UpstreamRequest, deadline: float, begun: bool) -> bytes:
         left = deadline - time.monotonic()
         if left <= 0 or not (self._pending() or request.watch.wait(self.sock, left)):
             raise UpstreamTimeoutError("upstream did not start to answer in time")
         try:
-            burst = self.sock.recv(_BURST)
-            if burst:
-                return burst
+            burst = self._received_now()
+            if burst or burst is None:
+                return burst or b""
             raise ConnectionResetError("upstream closed the connection without an answer")
         except ConnectionError as error:
             if begun:  # then it may have acted on the request
@@ -3662,27 +3724,42 @@ class UpstreamConnection(Source):
     def ready(self) -> bool:
         return bool(self._buffer) or self._at_end() or self._pending()
 
-    def read(self) -> bytes:
-        while not self._at_end():
-            burst, self._buffer = self._buffer or self._receive(), b""
-            body = self._decoded(burst)
-            if body:
-                return body
-        self._finished = True
-        return b""
+    def read(self) -> Optional[bytes]:
+        if self._at_end():
+            self._finished = True
+            return b""
+        burst, self._buffer = self._buffer or self._receive(), b""
+        body = None if burst is None else self._decoded(burst)
+        return body or (b"" if self._at_end() else None)
 
     def _at_end(self) -> bool:
         return self._finished or self._left == 0 or (self._chunks is not None and self._chunks.done)
 
-    def _receive(self) -> bytes:
+    def _receive(self) -> Optional[bytes]:
         if time.monotonic() > self._deadline:
             raise UpstreamTimeoutError("the answer took longer than the total limit")
         try:
-            return self.sock.recv(_BURST)
+            return self._received_now()
         except socket.timeout:
             raise UpstreamTimeoutError("upstream fell silent in the middle of the answer") from None
         except OSError as error:
             raise UpstreamCutError(f"the connection to upstream broke: {error}") from None
+
+    def _received_now(self) -> Optional[bytes]:
+        """What came; None if TLS kept it: session tickets and half records make no bytes.
+
+        A plain socket is read when it is readable, and so does not wait.
+        """
+        if not isinstance(self.sock, ssl.SSLSocket):
+            return self.sock.recv(_BURST)
+        timeout = self.sock.gettimeout()
+        self.sock.settimeout(0)
+        try:
+            return self.sock.recv(_BURST)
+        except (ssl.SSLWantReadError, BlockingIOError):
+            return None
+        finally:
+            self.sock.settimeout(timeout)
 
     def _decoded(self, burst: bytes) -> bytes:
         if self._chunks is None and self._left is None:
@@ -3702,8 +3779,9 @@ class UpstreamConnection(Source):
 
     def close(self) -> None:
         if self._keep and self._rests():
-            self.used = True
-            self._release(self)
+            heir = UpstreamConnection(self.sock, self._limits, self._release)
+            heir.used = self._given_back = True  # a late `drop` must not close what is another's
+            self._release(heir)
         else:
             self.drop()
 
@@ -3716,8 +3794,9 @@ class UpstreamConnection(Source):
 
     def drop(self) -> None:
         self._keep = False
-        with contextlib.suppress(OSError):
-            self.sock.close()
+        if not self._given_back:
+            with contextlib.suppress(OSError):
+                self.sock.close()
 
 
 class PooledHandler(urllib.request.BaseHandler):
@@ -3747,7 +3826,8 @@ class PooledHandler(urllib.request.BaseHandler):
                 return connection.exchange(head, call.request)
             except OSError as error:
                 connection.drop()
-                if not (connection.used and isinstance(error, ConnectionError)):
+                stale = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+                if not (connection.used and isinstance(error, stale)):
                     raise UpstreamCutError(f"no answer from upstream: {error}") from None
             except BaseException:
                 connection.drop()
@@ -3788,8 +3868,10 @@ class PooledHandler(urllib.request.BaseHandler):
         host = call.host
         try:
             sock = socket.create_connection(_address(host, call.type), self._limits.connect)
-        except OSError as error:
-            message = f"cannot reach upstream at {host}: {error.strerror or error}"
+        except (OSError, UnicodeError) as error:
+            message = (
+                f"cannot reach upstream at {host}: {getattr(error, 'strerror', None) or error}"
+            )
             raise UpstreamUnreachableError(message) from None
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -4071,15 +4153,17 @@ def echo_content(body: JSON) -> List[JSON]:
 def echo_sample(schema: Any) -> Any:
     """Return the plainest value that fits `schema`."""
     schema = schema if isinstance(schema, dict) else {}
-    if "const" in schema or schema.get("enum"):
-        return schema.get("const", (schema.get("enum") or [None])[0])
+    for values in ([schema["const"]] if "const" in schema else [], schema.get("enum")):
+        if isinstance(values, list) and values:
+            return values[0]
     for union in ("anyOf", "allOf"):
-        if schema.get(union):
+        if isinstance(schema.get(union), list) and schema[union]:
             return echo_sample(schema[union][0])
     kind = schema.get("type", "object" if "properties" in schema else "string")
     if kind == "object":
-        members = (schema.get("properties") or {}).items()
-        return {name: echo_sample(member) for name, member in members}
+        members = schema.get("properties")
+        members = members if isinstance(members, dict) else {}
+        return {name: echo_sample(member) for name, member in members.items()}
     plain = {"array": [], "integer": 1, "number": 1.5, "boolean": True, "null": None}
     return plain.get(kind if isinstance(kind, str) else "string", "echo")
 
@@ -4152,7 +4236,10 @@ class EchoUpstream(Upstream):
     def _message(self, body: JSON) -> UpstreamResponse:
         for field in ("thinking", "output_config", "tool_choice"):
             as_object(body.get(field) or {}, field)
-        as_list(body.get("messages"), "messages")
+        for number, message in enumerate(as_list(body.get("messages"), "messages")):
+            content = as_object(message, f"messages.{number}").get("content") or ""
+            if not isinstance(content, str):
+                as_list(content, f"messages.{number}.content")
         for number, tool in enumerate(as_list(body.get("tools") or [], "tools")):
             as_text(as_object(tool, f"tools.{number}").get("name"), f"tools.{number}.name")
         wanted = ECHO_ERROR.search(echo_text(body))
@@ -4220,8 +4307,11 @@ def log_line(record: Record) -> str:
 class Log:
     """Writes lines to `stream` (None: nowhere), with every known secret masked."""
 
-    def __init__(self, stream: Optional[TextIO] = None, secrets: Iterable[str] = ()) -> None:
+    def __init__(
+        self, stream: Optional[TextIO] = None, secrets: Iterable[str] = (), quiet: bool = False
+    ) -> None:
         self._stream = stream
+        self.quiet = quiet  # about requests; notes and faults are written all the same
         self._secrets = sorted(filter(None, secrets), key=len, reverse=True)  # the longest first
         self._lock = threading.Lock()
         self._told: List[str] = []
@@ -4257,6 +4347,7 @@ class Log:
 # Stream or a Gathered, which section 13 pumps.
 
 HEARTBEAT_SECONDS = 15.0
+GET_SECONDS = 5.0  # for what upstream answers at once: its models
 
 
 class Request(NamedTuple):
@@ -4274,6 +4365,7 @@ class Transform:
     """Upstream's bytes in, the client's bytes out; here: the same bytes."""
 
     complete = False  # nothing is missing; after `end` at the latest
+    failed = False
     heartbeat = b""
 
     def feed(self, burst: bytes) -> bytes:
@@ -4343,9 +4435,9 @@ class RelayTransform(Transform):
         """The type of the last event that went by, pings apart."""
         blocks = EventDecoder().feed(self._tail).split(b"\n\n")
         with contextlib.suppress(UpstreamCutError):
-            events = [parsed_event(block + b"\n\n") for block in blocks[-3:]]
-            types = [event.get("type") for event in events if event]
-            return next((type_ for type_ in reversed(types) if type_ != "ping"), "")
+            events = (parsed_event(block) for block in reversed(blocks) if block)
+            types = (event.get("type") for event in events if event)
+            return next((type_ for type_ in types if type_ != "ping"), "")
         return ""
 
 
@@ -4367,14 +4459,11 @@ class ResumingSource(Source):
     def ready(self) -> bool:
         return self._source.ready()
 
-    def read(self) -> bytes:
-        while True:
-            burst = self._source.read()
-            made = self._joined(self._events.feed(burst)) if burst else b""
-            if made:
-                return made
-            if not burst and not self._resumed():
-                return b""
+    def read(self) -> Optional[bytes]:
+        burst = self._source.read()
+        if burst:
+            return self._joined(self._events.feed(burst)) or None
+        return None if burst is None or self._resumed() else b""
 
     def _joined(self, events: bytes) -> bytes:
         parsed = (parsed_event(block + b"\n\n") for block in events.split(b"\n\n") if block)
@@ -4388,6 +4477,7 @@ class ResumingSource(Source):
         if not self._joiner.paused or self._resumptions > self.MAX_RESUMPTIONS:
             return False
         self._source.close()
+        self._source = BytesSource(b"")
         self._request = self._joiner.resumed(self._request)
         self._source = self._ask(self._request)
         self._events = EventDecoder()
@@ -4501,6 +4591,9 @@ CHAT_FORM = Form(ChatStreamEncoder, chat_from_messages)
 LEGACY_FORM = Form(CompletionStreamEncoder, completion_from_messages)
 
 
+MAX_CURES = 4  # of one request; each costs a round trip
+
+
 class Asked(NamedTuple):
     """An answer of upstream that has begun."""
 
@@ -4553,6 +4646,7 @@ _PREFIXES = re.compile(
     r"^(?:/openai(?=/|$)|/api(?=/v1)|(?:/v1)?/(?:engines|deployments)/[^/]+(?=/))"
 )
 _DOTS = re.compile(r"/(?:\.|%2e){1,2}(?=/|$)", re.IGNORECASE)
+_HIDDEN_SLASH = re.compile(r"%2f|%5c|\\", re.IGNORECASE)
 _DEPLOYMENT = re.compile(r"/(?:deployments|engines)/([^/]+)/")
 _TWICE = re.compile(
     r"^/v1/(?:chat/completions|completions|messages|responses)(?:/v1)?"
@@ -4588,8 +4682,10 @@ def route_of(path: str) -> Optional[Route]:
 
 def speaks_anthropic(path: str, headers: Dict[str, str]) -> bool:
     """Return whether a request is in Anthropic's dialect, so that errors are, too."""
-    ours = re.match(r"/v1/(?:messages|skills)(?:/|$)", path)
-    return bool(ours) or "anthropic-version" in headers
+    if re.match(r"/v1/(?:messages|skills)(?:/|$)", path):
+        return True
+    openai = re.match(r"/v1/(?:chat/)?(?:completions|responses)(?:/|$)", path)
+    return not openai and "anthropic-version" in headers
 
 
 _RELAYED_TO_UPSTREAM = re.compile(
@@ -4649,7 +4745,7 @@ class App:
         """Let go of upstream."""
         self.upstream.close()
         for thread in self._threads:
-            thread.join()
+            thread.join(GET_SECONDS)
 
     # --- before the body
 
@@ -4692,6 +4788,7 @@ class App:
 
     def failure(self, error: ShimError, request: Request) -> Response:
         """Return the answer that tells of `error` in the dialect of `request`."""
+        error.message = self.log.masked(error.message)
         headers = [*error.headers, ("content-type", "application/json")]
         if speaks_anthropic(normalised_path(request.path), request.headers):
             status, body = anthropic_error(error, request.request_id)
@@ -4704,7 +4801,7 @@ class App:
             kept = [*openai_headers(headers, time.time()), ("content-type", "application/json")]
             kept += [(k, v) for k, v in headers if k == "allow"]
             kept += [("x-request-id", v) for k, v in headers if k == "request-id"]
-        return Response(status, kept, self.log.masked(dumps(body).decode("ascii")).encode("ascii"))
+        return Response(status, kept, dumps(body))
 
     # --- OpenAI's completions
 
@@ -4777,6 +4874,7 @@ class App:
     def _answer_headers(self, asked: Asked, draft: ChatDraft) -> HeaderList:
         ids = [("x-request-id", value) for name, value in asked.headers if name == "request-id"]
         ignored = ",".join(dict.fromkeys(plain(name) for name in (*draft.ignored, *asked.changed)))
+        ignored = ignored if len(ignored) <= 2000 else f"{ignored[:2000]}..."  # a header is short
         told = [("x-claude-shim-ignored", ignored)] if ignored else []
         return [*openai_headers(asked.headers, time.time()), *ids, *told]
 
@@ -4798,18 +4896,20 @@ class App:
             question = with_prompt_cache(question, self.policy.prompt_cache)
         model = self.catalogue.model(question["model"])
         stripped = False
+        tried: List[JSON] = []
         while True:
             fitted = adapted(question, model)
+            tried.append(fitted.request)
             try:
                 response = self._post(request, fitted.request, draft.betas)
                 break
             except UpstreamError as error:
-                if error.status != 400:
+                if error.status != 400 or len(tried) > MAX_CURES:
                     raise
                 if refuses_signature(error.message) and not stripped:
                     question, stripped = without_thinking(question), True
                 else:
-                    model = self._cured(question, model, error)
+                    model = self._cured(question, model, error, tried)
         known = self.catalogue.model(model.id)
         # What was refused of a schema is true of that schema, not of the model.
         about_schemas = {"strict_tools", "structured_outputs"}
@@ -4824,11 +4924,10 @@ class App:
         return Asked(source, response.headers, fitted.changed)
 
     @staticmethod
-    def _cured(question: JSON, model: Model, error: UpstreamError) -> Model:
-        """What to take `model` for, so that the question is put otherwise; else the error."""
-        before = adapted(question, model).request
+    def _cured(question: JSON, model: Model, error: UpstreamError, tried: Sequence[JSON]) -> Model:
+        """What to take `model` for, to put the question as it was not put yet; else the error."""
         for learned in models_after_refusal(model, error.message):
-            if adapted(question, learned).request != before:
+            if adapted(question, learned).request not in tried:
                 return learned
         raise error
 
@@ -4891,6 +4990,8 @@ class App:
         """Hand a request on as it came, and the answer back as it comes."""
         query = request.path.partition("?")[2]
         path = normalised_path(request.path) + (f"?{query}" if query else "")
+        if _HIDDEN_SLASH.search(normalised_path(request.path)):
+            raise NotFoundError("this path could climb upstream")
         passed = [(k, v) for k, v in request.headers.items() if _RELAYED_TO_UPSTREAM.fullmatch(k)]
         if "anthropic-version" not in request.headers:
             passed.append(("anthropic-version", "2023-06-01"))
@@ -4900,7 +5001,7 @@ class App:
         kept = [(k, v) for k, v in response.headers if _RELAYED_TO_CLIENT.fullmatch(k)]
         ids = [("x-request-id", value) for name, value in kept if name == "request-id"]
         head = Response(response.status, [*kept, *ids])
-        if response.status >= 400:
+        if response.status >= 400 or response.status in (204, 304):
             return head._replace(body=read_error_body(response))
         transform = RelayTransform() if response.is_event_stream() else Transform()
         return head._replace(body=Stream(response.source, transform))
@@ -4921,6 +5022,10 @@ class App:
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
             thread.start()
 
+    def _fetch_due_models(self, client: Dict[str, str]) -> None:
+        if self.policy.live_models and self.catalogue.claim():
+            self._fetch_models(client)
+
     def _fetch_models(self, client: Dict[str, str]) -> None:
         try:
             response = self._get("/v1/models?limit=1000", client)
@@ -4936,18 +5041,16 @@ class App:
             ("user-agent", f"claude-shim/{__version__}"),
             *self._credential_headers(client),
         ]
-        return self.upstream.send(UpstreamRequest("GET", path, headers, b"", patience=5.0))
+        return self.upstream.send(UpstreamRequest("GET", path, headers, b"", patience=GET_SECONDS))
 
     def models(self, request: Request) -> Response:
         """GET /v1/models."""
-        if self.policy.live_models and self.catalogue.claim():
-            self._fetch_models(request.headers)
+        self._fetch_due_models(request.headers)
         return json_response(200, model_list(self.catalogue.entries()))
 
     def model(self, request: Request) -> Response:
         """GET /v1/models/{id or alias}."""
-        if self.policy.live_models and self.catalogue.claim():
-            self._fetch_models(request.headers)
+        self._fetch_due_models(request.headers)
         path = normalised_path(request.path)
         id = self._model_id(urllib.parse.unquote(path[len("/v1/models/") :]))
         entries = {entry["id"]: entry for entry in self.catalogue.entries()}
@@ -5007,7 +5110,7 @@ def calls_and_thinking(message: JSON) -> Tuple[List[str], List[JSON]]:
     """Return the ids of a message's calls, and its thinking blocks."""
     blocks = message["content"]
     ids = [str(block.get("id")) for block in blocks if is_client_tool_use(block)]
-    return ids, [b for b in blocks if b.get("type") in ("thinking", "redacted_thinking")]
+    return ids, thinking_of(blocks)
 
 
 def json_response(status: int, body: JSON) -> Response:
@@ -5022,16 +5125,30 @@ def read_error_body(response: UpstreamResponse) -> bytes:
     """Return a body that should be short, up to a limit; what arrived if it breaks off."""
     pieces: List[bytes] = []
     try:
-        while sum(map(len, pieces)) < MAX_SMALL_BODY:
-            piece = response.source.read()
-            if not piece:
-                response.source.close()
-                return b"".join(pieces)
+        for piece in pieces_of(response.source):
             pieces.append(piece)
+            if sum(map(len, pieces)) >= MAX_SMALL_BODY:
+                break
+        else:
+            response.source.close()
+            return b"".join(pieces)
     except ShimError:
         pass  # the status says what matters
     response.source.drop()
     return b"".join(pieces)[:MAX_SMALL_BODY]
+
+
+def pieces_of(source: Source) -> Iterator[bytes]:
+    """Yield a body to its end, in the pieces in which it comes."""
+    while True:
+        waits = source.sock is not None and not source.ready()
+        if waits and source.sock and not readable([source.sock], source.silence_seconds):
+            raise UpstreamTimeoutError("upstream fell silent in the middle of the answer")
+        piece = source.read()
+        if piece == b"":
+            return
+        if piece:
+            yield piece
 
 
 def parsed_or_none(body: bytes) -> Any:
@@ -5282,6 +5399,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
         except Exception as error:  # the edge: one request's fault must not cost another's
             return self._fault(error, request)
 
+    def _log_fault(self, error: Exception) -> None:
+        self.server.log_fault(error, "stream")
+
     def _fault(self, error: Exception, request: Request) -> Response:
         self.server.log_fault(error, request.request_id)
         failure = ShimError(
@@ -5422,7 +5542,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def _send_whole(self, head: Head, response: Response, request: Request) -> None:
         body = response.body if isinstance(response.body, bytes) else b""
-        length = [("content-length", str(len(body)))] if response.status != 204 else []
+        length = [("content-length", str(len(body)))] if response.status not in (204, 304) else []
         headers = [*response.headers, *length, *self._ending(head)]
         if request.request_id and "x-request-id" not in dict(headers):
             headers.append(("x-request-id", request.request_id))
@@ -5433,8 +5553,10 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Read all sources to their end, while the client waits."""
         try:
             for stream in body.streams:
-                for _ in pumped(stream, request.watch, math.inf):
+                for _ in pumped(stream, request.watch, math.inf, self._log_fault):
                     pass
+                if not stream.transform.complete:
+                    break
                 stream.source.close()
             response = body.response()
             return response, "ok" if response.status < 400 else "upstream failed"
@@ -5460,7 +5582,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         frame = chunk if chunked else bytes
         whole = False
         try:
-            for piece in pumped(stream, ClientWatch(self.request), HEARTBEAT_SECONDS):
+            watch = ClientWatch(self.request)
+            for piece in pumped(stream, watch, HEARTBEAT_SECONDS, self._log_fault):
                 last = b"0\r\n\r\n" if chunked and stream.transform.complete else b""
                 self.request.sendall(pending + frame(piece) + last)
                 pending = b""
@@ -5479,7 +5602,12 @@ class ClientConnection(socketserver.BaseRequestHandler):
         return "ok" if stream.transform.complete else "upstream failed"
 
 
-def pumped(stream: Stream, watch: ClientWatch, heartbeat_seconds: float) -> Iterator[bytes]:
+def pumped(
+    stream: Stream,
+    watch: ClientWatch,
+    heartbeat_seconds: float,
+    on_fault: Callable[[Exception], None] = lambda error: None,
+) -> Iterator[bytes]:
     """Yield what the client gets of `stream`, until its transform is complete or has failed.
 
     A heartbeat fills each silence. ClientGone as soon as the client left.
@@ -5487,7 +5615,7 @@ def pumped(stream: Stream, watch: ClientWatch, heartbeat_seconds: float) -> Iter
     source, transform = stream
     heard = time.monotonic()
     burst: Optional[bytes] = None
-    while not transform.complete and burst != b"":
+    while not (transform.complete or transform.failed) and burst != b"":
         try:
             burst = _awaited(source, watch, min(heartbeat_seconds, source.silence_seconds))
             if burst is None:
@@ -5498,14 +5626,25 @@ def pumped(stream: Stream, watch: ClientWatch, heartbeat_seconds: float) -> Iter
                 made = transform.feed(burst) if burst else transform.end()
         except ShimError as error:
             made, burst = transform.end(error), b""
+        except (ClientGone, OSError):
+            raise
+        except Exception as error:  # the edge: a fault of ours must not look like a whole answer
+            on_fault(error)
+            made, burst = transform.end(ShimError("claude_shim failed on this answer")), b""
         if made:
             yield made
 
 
 def _awaited(source: Source, watch: ClientWatch, seconds: float) -> Optional[bytes]:
     """The next burst; None when there is none within `seconds`."""
-    waits = source.sock is not None and not source.ready()
-    return None if waits and not watch.wait(source.sock, seconds) else source.read()
+    deadline = time.monotonic() + seconds
+    while True:
+        waits = source.sock is not None and not source.ready()
+        if waits and not watch.wait(source.sock, deadline - time.monotonic()):
+            return None
+        burst = source.read()
+        if burst is not None:
+            return burst
 
 
 def _check_silence(silent: float, limit: float) -> None:
@@ -5533,10 +5672,15 @@ class Server(http.server.ThreadingHTTPServer):
         limits: ServerLimits = ServerLimits(),  # noqa: B008 - immutable
         allowed_hosts: Iterable[str] = (),
     ) -> None:
+        if not (is_loopback(host) or app.policy.client_keys):
+            raise ConfigError(
+                f"{host} lets other machines spend your quota: set a client key first"
+            )
         self.app = app
         self.limits = limits
         self.allowed_hosts = frozenset(name.lower() for name in (*allowed_hosts, host))
         self.serving = True
+        self._stopped = False
         self._connections: Dict[socket.socket, threading.Thread] = {}
         self._connections_lock = threading.Lock()
         self._thread: Optional[threading.Thread] = None
@@ -5590,7 +5734,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def log_request(self, record: Record) -> None:
         """Write the line of one request."""
-        self.app.log.write(log_line(record))
+        if not self.app.log.quiet:
+            self.app.log.write(log_line(record))
 
     def log_fault(self, error: Exception, request_id: str) -> None:
         """Write where a fault of ours arose: a name and lines, no content."""
@@ -5609,24 +5754,31 @@ class Server(http.server.ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Stop accepting, end idle connections, give the others a moment, then close them."""
-        self.serving = False
+        if self._stopped:
+            return
+        self.serving, self._stopped = False, True
         if self._thread is not None:
             self.shutdown()
             self._thread.join()
         self._waker.send(b"x")
+        self._join(2.0)
         with self._connections_lock:
-            connections = dict(self._connections)
-        deadline = time.monotonic() + 2.0
-        for sock, thread in connections.items():
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
+            for sock in self._connections:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
-                thread.join(5.0)
+        self._join(5.0)
         self.server_close()
         self._waker.close()
         self._wakened.close()
         self.app.close()
+
+    def _join(self, seconds: float) -> None:
+        """Wait for the threads of connections, `seconds` in all."""
+        deadline = time.monotonic() + seconds
+        with self._connections_lock:
+            threads = list(self._connections.values())
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def __enter__(self) -> Server:
         return self.start()
@@ -5700,9 +5852,14 @@ def _port(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < math.inf:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
         raise ValueError("expected seconds over zero")
+    if seconds > 1_000_000:
+        raise ValueError("expected at most a million seconds")
     return seconds
 
 
@@ -5936,10 +6093,19 @@ def config_values(path: Optional[str], environment: Dict[str, str]) -> Dict[str,
     try:
         parser.read_string(read_text(file))
     except configparser.Error as error:
-        raise ConfigError(f"{file}: {error}".replace("\n", " ")) from None
+        raise ConfigError(f"{file}: {_ini_fault(error)}") from None
     if not parser.has_section("claude_shim"):
         raise ConfigError(f"{file} has no section [claude_shim]")
     return dict(parser.items("claude_shim"))
+
+
+def _ini_fault(error: configparser.Error) -> str:
+    """What is wrong, without the line itself, which may hold a secret."""
+    if isinstance(error, configparser.MissingSectionHeaderError):
+        return f"line {error.lineno}: File contains no section headers"
+    if isinstance(error, configparser.ParsingError):
+        return f"line {', '.join(str(number) for number, _ in error.errors)}: not NAME = VALUE"
+    return f"line {getattr(error, 'lineno', '?')}: this name already exists"
 
 
 def read_text(path: str) -> str:
@@ -6046,8 +6212,8 @@ def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO)
         RetryPolicy(settings.retries),
         settings.upstream != "echo",
     )
-    secrets = [*credential.secrets(), *keys.secrets(), *(v for _, v in settings.upstream_header)]
-    log = Log(None if settings.quiet else log_to, secrets)
+    added = [value for _, value in settings.upstream_header if len(value) >= 8]  # none is a word
+    log = Log(log_to, [*credential.secrets(), *keys.secrets(), *added], settings.quiet)
     app = App(upstream_from(settings), credential, policy, log)
     limits = ServerLimits(max_body=settings.max_body)
     try:

@@ -2667,7 +2667,7 @@ def test_draft_names_what_it_ignores_once() -> None:
     draft = shim.Draft("claude-opus-5-5")
     for field in ("logprobs", "seed", "logprobs"):
         draft.ignore(field)
-    assert draft.ignored == ["logprobs", "seed"]
+    assert list(draft.ignored) == ["logprobs", "seed"]
 
 
 def test_draft_remembers_the_names_that_it_changed() -> None:
@@ -2680,7 +2680,7 @@ def test_draft_keeps_the_last_of_two_tools_of_one_name() -> None:
     draft = shim.Draft("claude-opus-5-5")
     for tool in (tool_of("a", description="1"), tool_of("b"), tool_of("a", description="2")):
         draft.add_tool(tool)
-    assert draft.request["tools"] == [tool_of("b"), tool_of("a", description="2")]
+    assert list(draft.request["tools"]) == [tool_of("b"), tool_of("a", description="2")]
 
 
 def test_draft_keeps_all_tools_that_have_no_name() -> None:
@@ -2693,7 +2693,7 @@ def test_draft_keeps_all_tools_that_have_no_name() -> None:
     ]
     for tool in tools:
         draft.add_tool(tool)
-    assert draft.request["tools"] == tools
+    assert list(draft.request["tools"]) == tools
 
 
 @pytest.mark.parametrize(
@@ -8345,7 +8345,7 @@ def test_completion_request() -> None:
         stop_sequences=["\n\n###"],
         metadata={"user_id": "u-1"},
     )
-    assert (draft.n, draft.ignored) == (2, ["logprobs"])
+    assert (draft.n, list(draft.ignored)) == (2, ["logprobs"])
     assert json.dumps(body) == before
 
 
@@ -8742,7 +8742,7 @@ def sent(upstream: shim.Upstream, *headers: Tuple[str, str], **parts: Any) -> sh
 
 def read_whole(response: shim.UpstreamResponse) -> bytes:
     """Read a body to its end and let go of it."""
-    body = b"".join(iter(response.source.read, b""))
+    body = b"".join(filter(None, iter(response.source.read, b"")))
     response.source.close()
     return body
 
@@ -10751,7 +10751,7 @@ def resuming(*answers: Answer) -> Tuple[shim.ResumingSource, List[JSON]]:
 
 def drained(source: shim.Source) -> List[JSON]:
     """The events of a source."""
-    raw = b"".join(iter(source.read, b""))
+    raw = b"".join(filter(None, iter(source.read, b"")))
     return [json.loads(block.partition(b"data: ")[2]) for block in raw.split(b"\n\n") if block]
 
 
@@ -11347,6 +11347,7 @@ def test_relayed_stream_with_any_line_ending(ending: bytes) -> None:
 RELAYED_ENDS = [
     case("a comment after the end", sse(MESSAGE_STOP) + b": bye\n\n", True),
     case("a ping after the end", sse(MESSAGE_STOP, PING), True),
+    case("many pings after the end", sse(MESSAGE_STOP, *[PING] * 9), True),
     case("nothing at all", b"", False),
     case("a ping alone", sse(PING), False),
     case("the words in a text", sse(text_delta(0, "event: message_stop\n\n")), False),
@@ -12719,6 +12720,109 @@ def test_client_that_hangs_up_closes_upstream_s3_b10_s4_b6(
         assert fake.gone.wait(PATIENCE)
 
 
+@pytest.mark.parametrize(("raw", "script", "heard"), GOING)
+def test_client_that_hangs_up_closes_a_tls_upstream(
+    raw: bytes, script: List[Any], heard: bool, tls_server: ssl.SSLContext
+) -> None:
+    """Session tickets make a TLS socket readable without a byte for us."""
+    with FakeUpstream(script, tls=tls_server) as fake:
+        url = f"https://localhost:{fake.host.partition(':')[2]}"
+        app = app_before(fake.url)
+        app.upstream = shim.HTTPUpstream(url, context=trusting())
+        with shim.Server(app) as server, RawClient(server) as client:
+            client.send(raw)
+            assert fake.stalled.acquire(timeout=PATIENCE)
+            if heard:
+                client.until(b"Hel")
+            leave(client, "by FIN")
+            assert fake.gone.wait(PATIENCE)
+
+
+def test_client_that_hangs_up_while_upstream_does_not_read_its_body_closes_upstream() -> None:
+    reading = threading.Event()
+    large = {**ASKED, "messages": [{"role": "user", "content": "x" * (16 << 20)}]}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def swallow_nothing() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.settimeout(2 * PATIENCE)
+                sock.recv(1)
+                reading.set()
+                with contextlib.suppress(OSError):
+                    while sock.recv(1 << 20, socket.MSG_PEEK) and not closed.wait(0.01):
+                        pass
+
+        closed = threading.Event()
+        thread = threading.Thread(target=swallow_nothing)
+        thread.start()
+        app = app_before(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with shim.Server(app) as server:
+            with RawClient(server) as client:
+                client.send(raw_post("/v1/messages", large))
+                assert reading.wait(PATIENCE)
+            left = time.monotonic()
+            server.stop()  # joins the request's thread, which waits for nobody
+            assert time.monotonic() - left < PATIENCE
+        closed.set()
+        thread.join(PATIENCE)
+
+
+ERROR_EVENT = sse({"type": "error", "error": {"type": "overloaded_error", "message": "busy"}})
+
+
+def test_connection_of_a_failed_answer_is_not_closed_under_the_next_request() -> None:
+    failed = STREAM_HEAD + in_chunks(FIRST_EVENTS + ERROR_EVENT) + LAST_CHUNK
+    with (
+        FakeUpstream([failed], [WHOLE_STREAM]) as fake,
+        shim.Server(app_before(fake.url)) as server,
+        RawClient(server) as client,
+    ):
+        statuses = [client.send(POST_CHAT_AT_ONCE).answer().status for _ in range(3)]
+    assert statuses == [503, 200, 200]
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        case("a stream", POST_CHAT, b'"busy"'),
+        case("an answer at once", POST_CHAT_AT_ONCE, b'"busy"'),
+    ],
+)
+def test_error_event_is_told_at_once_though_upstream_stays(raw: bytes, told: bytes) -> None:
+    failed = STREAM_HEAD + in_chunks(FIRST_EVENTS + ERROR_EVENT)
+    with (
+        FakeUpstream([failed, UNTIL_GONE]) as fake,
+        shim.Server(app_before(fake.url)) as server,
+        RawClient(server) as client,
+    ):
+        client.send(raw).until(told)
+        assert fake.gone.wait(PATIENCE)
+
+
+def test_relayed_answer_without_a_body_leaves_none_behind() -> None:
+    """RFC 9112 6.3: a 204 has no chunks, which would be the next answer."""
+    raw = raw_request("DELETE /v1/files/file_1 HTTP/1.1", "anthropic-version: 2023-06-01")
+    with (
+        FakeUpstream([b"HTTP/1.1 204 No Content\r\n\r\n"]) as fake,
+        shim.Server(app_before(fake.url)) as server,
+        RawClient(server) as client,
+    ):
+        assert [client.send(raw).answer().status for _ in range(2)] == [204, 204]
+
+
+def test_server_may_be_stopped_twice() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    with shim.Server(app) as server:
+        server.stop()
+
+
+def test_server_for_other_machines_wants_a_client_key() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    with pytest.raises(shim.ConfigError, match="client key"):
+        shim.Server(app, "0.0.0.0")
+
+
 def test_client_that_hangs_up_while_upstream_talks_closes_upstream_s3_b28() -> None:
     def endless() -> Iterator[bytes]:
         end = time.monotonic() + 2 * PATIENCE
@@ -12737,7 +12841,7 @@ def test_client_that_takes_nothing_any_more_is_gone() -> None:
         while time.monotonic() < end:
             yield in_chunks(sse(text_delta(0, "x" * 100_000)))
 
-    limits = shim.ServerLimits(write_seconds=0.1)
+    limits = shim.ServerLimits(write_seconds=1.0)
     with (
         FakeUpstream([BEGUN, endless()]) as fake,
         shim.Server(app_before(fake.url), limits=limits) as server,
@@ -13429,6 +13533,139 @@ def test_start_with_the_echo_answers_and_ends_with_0(tmp_path: Path) -> None:
 
 
 # --- as a library
+
+
+def test_fault_of_ours_in_a_stream_is_an_error_and_is_reported() -> None:
+    class Broken(shim.EventTransform):
+        def feed(self, burst: bytes) -> bytes:
+            raise KeyError("oh")
+
+    told: List[Exception] = []
+    stream = shim.Stream(
+        ScriptedSource([sse(*TEXT_EVENTS)]), Broken(shim.ChatStreamEncoder(shim.ChatReply()))
+    )
+    made = b"".join(shim.pumped(stream, shim.ClientWatch(), 15.0, told.append))
+    assert chunks(made)[0]["error"]["message"] == "claude_shim failed on this answer"
+    assert [type(error) for error in told] == [KeyError]
+    assert not stream.transform.complete
+
+
+ODD_ENDS = [
+    case("an empty line too many", sse(*TEXT_EVENTS[:6]) + b"\n" + sse(*TEXT_EVENTS[6:]), True),
+    case("infinity", sse(*TEXT_EVENTS[:6]) + b'data: {"type":"x","n":1e999}\n\n', False),
+    case("NaN", sse(*TEXT_EVENTS[:6]) + b'data: {"type":"x","n":NaN}\n\n', False),
+]
+
+
+@pytest.mark.parametrize(("raw", "whole"), ODD_ENDS)
+def test_odd_events_of_upstream_are_skipped_or_told(raw: bytes, whole: bool) -> None:
+    for size in (len(raw), 1):
+        transform = shim.EventTransform(shim.ChatStreamEncoder(shim.ChatReply()))
+        pieces = [transform.feed(raw[i : i + size]) for i in range(0, len(raw), size)]
+        last = chunks(b"".join(pieces) + transform.end())[-1]
+        assert (last == "[DONE]") is whole
+        assert whole or "error" in last
+
+
+def test_refusals_that_undo_each_other_end_after_some_tries() -> None:
+    undoing = 'adaptive thinking is not supported; "thinking.type.enabled" is not supported'
+    app, upstream = app_on(refused(400, "invalid_request_error", undoing))
+    body = {**QUESTION, "model": "claude-opus-4-6", "reasoning_effort": "high"}
+    assert answered(ask(app, CHAT, body))["error"]["message"] == undoing
+    assert 1 < len(upstream.requests) <= 1 + shim.MAX_CURES
+
+
+def test_short_secrets_do_not_break_an_answer() -> None:
+    app, _ = app_on(refused(404, "not_found_error", "no code here"))
+    app.log = shim.Log(None, ["code", "null"])
+    error = answered(ask(app, CHAT, QUESTION))["error"]
+    assert (error["message"], error["code"]) == ("no [secret] here", "not_found")
+
+
+HOSTILE_BODIES = [
+    case("a tool whose type is missing", {"tools": [{"None": {"name": "a"}}]}),
+    case("a choice whose type is missing", {"tools": ONE_TOOL, "tool_choice": {"None": {}}}),
+    case("a format that is text", {"output_config": {"format": "x"}}),
+    case(
+        "a result that is a number",
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "tool_result", "tool_use_id": "t", "content": 5}],
+                }
+            ]
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("fields", HOSTILE_BODIES)
+def test_hostile_body_is_a_400(fields: JSON) -> None:
+    app, upstream = app_on(streamed(*TEXT_EVENTS))
+    assert ask(app, CHAT, {**QUESTION, **fields}).status == 400
+    assert upstream.requests == []
+
+
+def test_mark_that_is_no_object_is_none() -> None:
+    search = {"type": "web_search_20250305", "name": "web_search", "cache_control": "x"}
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    assert ask(app, CHAT, {**QUESTION, "tools": [search]}).status == 200
+
+
+class Counted(str):
+    """A name that counts how often it is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        Counted.compared += 1
+        return str.__ne__(self, other)
+
+    __hash__ = str.__hash__
+
+
+COUNTED = [Counted(f"name_{n}") for n in range(2000)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        case("tools", {"tools": [{"type": "function", "name": name} for name in COUNTED]}),
+        case("unknown fields", dict.fromkeys(COUNTED, 1)),
+        case(
+            "calls",
+            {
+                "messages": [
+                    {"role": "user", "content": "go"},
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {"id": name, "function": {"name": "f", "arguments": "{}"}}
+                            for name in COUNTED
+                        ],
+                    },
+                ]
+            },
+        ),
+    ],
+)
+def test_names_of_a_body_are_not_compared_each_with_each(fields: JSON) -> None:
+    Counted.compared = 0
+    shim.messages_request_from_chat({**QUESTION, **fields}, "claude-opus-5").finished()
+    assert Counted.compared < 20 * len(COUNTED)
+
+
+def test_header_that_names_what_is_ignored_stays_short() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    body = {**QUESTION, **{f"field{n}": 1 for n in range(20_000)}}
+    ignored = dict(ask(app, CHAT, body).headers)["x-claude-shim-ignored"]
+    assert len(ignored) < 2100
+    assert ignored.endswith("...")
 
 
 def test_importing_starts_no_thread_and_opens_nothing() -> None:
