@@ -1672,6 +1672,8 @@ def limited_cache_marks(request: JSON) -> JSON:
 
     The earliest marks of the messages go first, as the later ones reach further.
     """
+    if not _cache_marks(request):
+        return request
     request = _with_one_lifetime(request)
     marks = _cache_marks(request)
     hour_after_five = _hour_after_five_minutes(marks)
@@ -1984,7 +1986,14 @@ class EventTransform:
 
 
 def parsed_event(block: bytes) -> Optional[JSON]:
-    """Return the event of one block of lines; None for a comment; UpstreamCutError if no JSON."""
+    """Return the event of one block of lines; None for a comment; UpstreamCutError if no JSON.
+
+    Events are shared and must not be changed: short ones come again and again, to the byte.
+    """
+    return _short_event(block) if len(block) < 160 else _event(block)
+
+
+def _event(block: bytes) -> Optional[JSON]:
     data = event_data(block)
     if not data.strip():
         return None
@@ -1993,6 +2002,9 @@ def parsed_event(block: bytes) -> Optional[JSON]:
     except (ValueError, RecursionError):
         raise UpstreamCutError("upstream sent an event that is not JSON") from None
     return event if isinstance(event, dict) else None
+
+
+_short_event = functools.lru_cache(maxsize=64)(_event)
 
 
 class TurnJoiner:
@@ -3925,7 +3937,8 @@ class UpstreamCall(urllib.request.Request):
     """An UpstreamRequest on its way through urllib's handlers."""
 
     def __init__(self, base_url: str, request: UpstreamRequest) -> None:
-        super().__init__(base_url + request.path, method=request.method)
+        # With a host of origin given, urllib does not parse the URL a second time.
+        super().__init__(base_url + request.path, origin_req_host="", method=request.method)
         self.request = request
         self._origin = self.host
 
@@ -5093,7 +5106,8 @@ class App:
 
 def asks_deep(target: str) -> bool:
     """Return whether a health check is to ask upstream, too."""
-    return "1" in urllib.parse.parse_qs(target.partition("?")[2]).get("deep", [])
+    _, question, query = target.partition("?")
+    return bool(question) and "1" in urllib.parse.parse_qs(query).get("deep", [])
 
 
 class GatheringSink(MessageAssembler):
@@ -5312,7 +5326,7 @@ def _http_date(second: int) -> str:
 
 def response_head(status: int, headers: HeaderList, second: int) -> bytes:
     """Return the bytes of a response head; control characters in values become spaces."""
-    phrase = http.HTTPStatus(status).phrase if status in _STATUSES else "Unknown"
+    phrase = _PHRASES.get(status, "Unknown")
     fields = [
         ("date", _http_date(second)),
         ("x-content-type-options", "nosniff"),
@@ -5325,7 +5339,7 @@ def response_head(status: int, headers: HeaderList, second: int) -> bytes:
     return f"HTTP/1.1 {status} {phrase}\r\n{lines}\r\n".encode("latin-1", "replace")
 
 
-_STATUSES = frozenset(int(status) for status in http.HTTPStatus)
+_PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
 _UNSAFE_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
