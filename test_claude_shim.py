@@ -6794,7 +6794,7 @@ def test_chat_the_rich_request_is_taken() -> None:
 
 
 @pytest.mark.parametrize("field", list(RICH))
-def test_chat_a_wrong_type_at_any_depth_is_refused_by_name_or_harmless(field: str) -> None:
+def test_chat_a_wrong_type_at_any_depth_is_refused_by_name_or_harmless_s3_b17(field: str) -> None:
     """Never a TypeError; what is taken keeps Anthropic's rules (S4-B1, S4-B22)."""
     models = [shim.known_model(OPUS), shim.known_model("claude-haiku-4-5")]
     trouble = []
@@ -8480,7 +8480,7 @@ REFUSED_KEYS = [
 
 
 @pytest.mark.parametrize(("client", "reason"), REFUSED_KEYS)
-def test_client_key_is_refused_with_401(client: Dict[str, str], reason: str) -> None:
+def test_client_key_is_refused_with_401_s4_b4(client: Dict[str, str], reason: str) -> None:
     with pytest.raises(shim.AuthenticationError) as caught:
         CLIENT_KEYS.name_of(client)
     assert caught.value.status == 401
@@ -9141,7 +9141,7 @@ def test_flood_of_interim_answers_does_not_outlast_the_limit() -> None:
     "limit",
     [case("it falls silent", {"silence": 0.05}), case("it takes too long in all", {"total": -1.0})],
 )
-def test_body_that_does_not_come_in_time(limit: Dict[str, float]) -> None:
+def test_body_that_does_not_come_in_time_s3_b21(limit: Dict[str, float]) -> None:
     script = [CHUNKED_HEAD + in_chunks(b"fi"), UNTIL_GONE]
     with FakeUpstream(script) as fake, http_upstream(fake.url, **limit) as upstream:
         response = sent(upstream)
@@ -9972,7 +9972,7 @@ def test_unknown_path_is_404_and_never_relayed(path: str) -> None:
     assert upstream.requests == []
 
 
-def test_unknown_path_is_told_in_openais_dialect() -> None:
+def test_unknown_path_is_told_in_openais_dialect_s4_b31() -> None:
     app, _ = app_on(FINE)
     response = ask(app, "/v1/embeddings", {})
     assert response.status == 404  # 501 would be tried three times
@@ -10149,7 +10149,7 @@ def test_chat_betas_of_the_body_go_up_as_a_header() -> None:
     assert ("anthropic-beta", "a-2026-01-01,b-2026-01-01") in upstream.requests[0].headers
 
 
-def test_chat_whole_answer() -> None:
+def test_chat_whole_answer_is_read_after_the_head_s3_b9() -> None:
     app, upstream = app_on(FINE)
     response = settled(ask(app, CHAT, QUESTION))
     assert (response.status, response.model) == (200, "claude-opus-5-5")
@@ -12453,7 +12453,7 @@ def test_request_that_does_not_come_in_time(raw: bytes, status: Optional[int]) -
     assert upstream.requests == []
 
 
-def test_body_has_a_limit_in_all_too() -> None:
+def test_body_has_a_limit_in_all_too_s3_b15_s3_b16_s4_b31() -> None:
     app, _ = app_on(streamed(*TEXT_EVENTS))
     limits = shim.ServerLimits(body_seconds=0.05)
     with shim.Server(app, limits=limits) as server, RawClient(server) as client:
@@ -12809,6 +12809,40 @@ def test_relayed_answer_without_a_body_leaves_none_behind() -> None:
         RawClient(server) as client,
     ):
         assert [client.send(raw).answer().status for _ in range(2)] == [204, 204]
+
+
+def test_ids_are_upstreams_own_or_counted_and_never_collide_s3_b22_s4_b21() -> None:
+    """Four threads draw 500 ids each; a completion takes the id of its message."""
+    app, _ = app_on(streamed(message_start(id="msg_7"), *TEXT_EVENTS[1:]))
+    drawn: List[str] = []
+    with shim.Server(app) as server:
+        draws = [
+            threading.Thread(
+                target=lambda: drawn.extend(server.new_request_id() for _ in range(500))
+            )
+            for _ in range(4)
+        ]
+        for thread in draws:
+            thread.start()
+        for thread in draws:
+            thread.join()
+        with RawClient(server) as client:
+            answer = json.loads(client.send(POST_CHAT_AT_ONCE).answer().body)
+    assert answer["id"] == "chatcmpl-msg_7"
+    assert len(set(drawn)) == 2000
+
+
+@pytest.mark.parametrize(
+    "text", ["conversation_label: x", "chat id: 7", "<tool_use>{}</tool_use>", "NO_REPLY"]
+)
+def test_words_of_a_system_message_change_nothing_s4_b16(text: str) -> None:
+    app, upstream = app_on(streamed(*TEXT_EVENTS))
+    messages = [{"role": "system", "content": text}, *QUESTION["messages"]]
+    assert ask(app, CHAT, {**QUESTION, "messages": messages}).status == 200
+    (body,) = upstream.bodies()
+    assert body["system"] == [{"type": "text", "text": text}]
+    assert body["messages"] == [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    assert "tools" not in body
 
 
 def test_server_may_be_stopped_twice() -> None:
