@@ -3665,6 +3665,7 @@ class UpstreamConnection(Source):
         self._chunks: Optional[ChunkedDecoder] = None
         self._left: Optional[int] = None
         self._keep = False
+        self._persistent = True
         self._given_back = False
         self._finished = False
         self._deadline = 0.0
@@ -3685,7 +3686,7 @@ class UpstreamConnection(Source):
         status, headers = self._read_head(request)
         framing = response_framing(status, headers)
         self._chunks = ChunkedDecoder() if framing.chunked else None
-        self._left, self._keep = framing.length, framing.keep
+        self._left, self._keep = framing.length, framing.keep and self._persistent
         return UpstreamResponse(status, headers, self)
 
     def _send(self, head: bytes, request: UpstreamRequest) -> None:
@@ -3706,6 +3707,7 @@ class UpstreamConnection(Source):
             end = self._buffer.find(b"\r\n\r\n")
             if end >= 0:
                 status, headers = parsed_response_head(self._buffer[:end])
+                self._persistent = self._buffer.startswith(b"HTTP/1.1")
                 self._buffer = self._buffer[end + 4 :]
                 if status >= 200:
                     return status, headers

@@ -9122,6 +9122,13 @@ def test_head_is_awaited_for_less_time_where_the_request_says_so() -> None:
         assert fake.gone.wait(PATIENCE)
 
 
+def test_connection_of_an_http_1_0_answer_is_not_used_again() -> None:
+    old = b"HTTP/1.0 200 OK\r\nContent-Length: 4\r\n\r\nfine"
+    with FakeUpstream([old]) as fake, http_upstream(fake.url) as upstream:
+        assert [read_whole(sent(upstream)) for _ in range(2)] == [b"fine", b"fine"]
+        assert fake.connections == 2
+
+
 def test_flood_of_interim_answers_does_not_outlast_the_limit() -> None:
     def flood() -> Iterator[bytes]:
         end = time.monotonic() + 2.0
