@@ -488,6 +488,11 @@ def as_object(value: Any, path: str) -> JSON:
     raise _mistyped(value, path, "an object")
 
 
+def object_or_empty(value: Any) -> JSON:
+    """Return `value` if it is a JSON object, else an empty one: a wrong type says nothing."""
+    return value if isinstance(value, dict) else {}
+
+
 def as_list(value: Any, path: str) -> List[Any]:
     """Return `value` if it is a JSON list; RequestError naming `path` otherwise."""
     if isinstance(value, list):
@@ -532,7 +537,7 @@ def _mistyped(value: Any, path: str, expected: str) -> RequestError:
 
 
 # ----------------------------------------------------------------------
-# 3. Models                                                    uses: 0 1
+# 3. Models                                                  uses: 0 1 2
 # ----------------------------------------------------------------------
 # What each model takes. GET /v1/models of upstream has the last word (ids, limits, thinking types,
 # effort levels); what it does not tell, and an offline start, comes from this table.
@@ -638,8 +643,7 @@ def model_from_live(entry: JSON) -> Optional[Model]:
     if not isinstance(id, str):
         return None
     model = known_model(id)
-    capabilities = entry.get("capabilities")
-    capabilities = capabilities if isinstance(capabilities, dict) else {}
+    capabilities = object_or_empty(entry.get("capabilities"))
     thinking = _supported(_member(capabilities, "thinking", "types"))
     efforts = _supported(_member(capabilities, "effort"))
     structured = _member(capabilities, "structured_outputs").get("supported")
@@ -656,8 +660,7 @@ def model_from_live(entry: JSON) -> Optional[Model]:
 
 def _member(value: JSON, *names: str) -> JSON:
     for name in names:
-        inner = value.get(name)
-        value = inner if isinstance(inner, dict) else {}
+        value = object_or_empty(value.get(name))
     return value
 
 
@@ -1092,8 +1095,7 @@ def _upgraded_schema(schema: Any) -> Any:
         return schema
     new = {k: _upgraded_member(k, v) for k, v in schema.items() if k != "$schema"}
     if isinstance(new.get("definitions"), dict):
-        given = new.get("$defs")
-        new["$defs"] = {**new.pop("definitions"), **(given if isinstance(given, dict) else {})}
+        new["$defs"] = {**new.pop("definitions"), **object_or_empty(new.get("$defs"))}
     if isinstance(new.get("items"), list):
         new["prefixItems"] = new.pop("items")
     if isinstance(new.get("$ref"), str):
@@ -1126,7 +1128,7 @@ def tool_schema(parameters: Any, path: str) -> JSON:
     for union in ("oneOf", "anyOf", "allOf"):
         if union in schema:
             schema = _merged_union(schema, union, f"{path}.{union}")
-    return {**schema, "type": "object", "properties": _object_or_empty(schema.get("properties"))}
+    return {**schema, "type": "object", "properties": object_or_empty(schema.get("properties"))}
 
 
 def _merged_union(schema: JSON, union: str, path: str) -> JSON:
@@ -1134,7 +1136,7 @@ def _merged_union(schema: JSON, union: str, path: str) -> JSON:
     branches = [_referenced(branch, schema) for branch in as_list(schema[union], path)]
     properties: Dict[str, List[Any]] = {}
     for branch in branches:
-        for name, member in _object_or_empty(branch.get("properties")).items():
+        for name, member in object_or_empty(branch.get("properties")).items():
             kinds = properties.setdefault(name, [])
             kinds.extend([member] if member not in kinds else [])
     keyword = "allOf" if union == "allOf" else "anyOf"
@@ -1144,22 +1146,18 @@ def _merged_union(schema: JSON, union: str, path: str) -> JSON:
     required = [set(_names_in(branch.get("required"))) for branch in branches] or [set()]
     common = set.union(*required) if union == "allOf" else set.intersection(*required)
     merged = {k: v for k, v in schema.items() if k != union}
-    merged["properties"] = {**joined, **_object_or_empty(schema.get("properties"))}
+    merged["properties"] = {**joined, **object_or_empty(schema.get("properties"))}
     needed = [*_names_in(schema.get("required")), *sorted(common)]
     return {**merged, "required": list(dict.fromkeys(needed))} if needed else merged
 
 
 def _referenced(branch: Any, schema: JSON) -> JSON:
     """A branch of a union, or the definition that it refers to."""
-    reference = _object_or_empty(branch).get("$ref")
+    reference = object_or_empty(branch).get("$ref")
     if isinstance(reference, str) and reference.startswith("#/$defs/"):
         name = reference[len("#/$defs/") :]
-        return _object_or_empty(_object_or_empty(schema.get("$defs")).get(name))
-    return _object_or_empty(branch)
-
-
-def _object_or_empty(value: Any) -> JSON:
-    return value if isinstance(value, dict) else {}
+        return object_or_empty(object_or_empty(schema.get("$defs")).get(name))
+    return object_or_empty(branch)
 
 
 def _names_in(value: Any) -> List[str]:
@@ -1664,7 +1662,7 @@ def _marked_places(request: JSON) -> Iterator[JSON]:
 
 def _cache_marks(request: JSON) -> List[JSON]:
     places = itertools.chain(_marked_places(request), [request])
-    return [place for place in places if _object_or_empty(place.get("cache_control"))]
+    return [place for place in places if object_or_empty(place.get("cache_control"))]
 
 
 def limited_cache_marks(request: JSON) -> JSON:
@@ -1693,7 +1691,7 @@ def limited_cache_marks(request: JSON) -> JSON:
 def _with_one_lifetime(request: JSON) -> JSON:
     """The mark at the top lives as long as that of the last block: else that is a 400."""
     places = [place for place in _marked_places(request) if place.get("type") != "thinking"]
-    last = _object_or_empty(places[-1].get("cache_control")) if places else None
+    last = object_or_empty(places[-1].get("cache_control")) if places else None
     top = request.get("cache_control")
     differ = top and last and top.get("ttl", "5m") != last.get("ttl", "5m")
     return {**request, "cache_control": last} if differ else request
@@ -1820,16 +1818,13 @@ class MessageAssembler(EventSink):
         return b""
 
     def _on_message_start(self, event: JSON) -> bytes:
-        message = event.get("message")
-        message = message if isinstance(message, dict) else {}
-        usage = message.get("usage")
-        usage = usage if isinstance(usage, dict) else {}
+        message = object_or_empty(event.get("message"))
+        usage = object_or_empty(message.get("usage"))
         self.message = {**message, "content": [], "usage": usage}
         return b""
 
     def _on_content_block_start(self, event: JSON) -> bytes:
-        block = event.get("content_block")
-        block = dict(block) if isinstance(block, dict) else {}
+        block = dict(object_or_empty(event.get("content_block")))
         self._blocks.append(block)
         self._pieces = []
         self._in_text = block.get("type") == "text" and self.message is not None
@@ -1864,7 +1859,7 @@ class MessageAssembler(EventSink):
 
     def _on_message_delta(self, event: JSON) -> bytes:
         if self.message is not None:
-            delta = _object_or_empty(event.get("delta"))
+            delta = object_or_empty(event.get("delta"))
             self.message.update({k: delta[k] for k in _MESSAGE_DELTA if k in delta})
             self.message["usage"] = merged_usage(self.message["usage"], event.get("usage"))
         return b""
@@ -1886,10 +1881,9 @@ DELTA_TEXT = {
 
 def _parsed_input(text: str, given: Any) -> JSON:
     if not text.strip():
-        return {"input": given if isinstance(given, dict) else {}}
+        return {"input": object_or_empty(given)}
     try:
-        value = json.loads(text)
-        dumps(value)  # infinity, which Python reads, is no JSON
+        value = loads_text(text)
     except (ValueError, RecursionError):
         value = None
     return {"input": value} if isinstance(value, dict) else {"input": {}, "partial_json": text}
@@ -3143,8 +3137,7 @@ class ChatStreamEncoder(EventSink):
         return self._call({"id": block.get("id"), "type": "function", "function": function})
 
     def _on_content_block_delta(self, event: JSON) -> bytes:
-        delta = event.get("delta")
-        delta = delta if isinstance(delta, dict) else {}
+        delta = object_or_empty(event.get("delta"))
         piece = delta.get(DELTA_TEXT.get(str(delta.get("type")), ""))
         if delta.get("type") != "text_delta" or self._reply.annotated:
             self._message.feed(event)
@@ -4167,7 +4160,7 @@ def echo_content(body: JSON) -> List[JSON]:
 
 def echo_sample(schema: Any) -> Any:
     """Return the plainest value that fits `schema`."""
-    schema = schema if isinstance(schema, dict) else {}
+    schema = object_or_empty(schema)
     for values in ([schema["const"]] if "const" in schema else [], schema.get("enum")):
         if isinstance(values, list) and values:
             return values[0]
@@ -4176,8 +4169,7 @@ def echo_sample(schema: Any) -> Any:
             return echo_sample(schema[union][0])
     kind = schema.get("type", "object" if "properties" in schema else "string")
     if kind == "object":
-        members = schema.get("properties")
-        members = members if isinstance(members, dict) else {}
+        members = object_or_empty(schema.get("properties"))
         return {name: echo_sample(member) for name, member in members.items()}
     plain = {"array": [], "integer": 1, "number": 1.5, "boolean": True, "null": None}
     return plain.get(kind if isinstance(kind, str) else "string", "echo")
