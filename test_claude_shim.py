@@ -230,12 +230,25 @@ def ask(app: shim.App, path: str, body: Any, **headers: str) -> shim.Response:
 def played(response: shim.Response) -> bytes:
     """All bytes of the body of a response, its stream pumped to the end."""
     if isinstance(response.body, shim.Stream):
-        return b"".join(shim.pumped(response.body, shim.ClientWatch(), 15.0))
+        return b"".join(pumped(response.body))
     if isinstance(response.body, shim.Gathered):
         for stream in response.body.streams:
-            list(shim.pumped(stream, shim.ClientWatch(), 15.0))
+            list(pumped(stream))
         return played(response.body.response())
     return response.body
+
+
+def pumped(stream: shim.Stream) -> Iterator[bytes]:
+    """What the client gets of a stream, pulled to its end."""
+    source, transform = stream
+    try:
+        for burst in shim.pieces_of(source):
+            yield transform.feed(burst)
+            if transform.complete or transform.failed:
+                return
+        yield transform.end()
+    except shim.ShimError as error:
+        yield transform.end(error)
 
 
 def answered(response: shim.Response) -> JSON:
@@ -8742,7 +8755,7 @@ def sent(upstream: shim.Upstream, *headers: Tuple[str, str], **parts: Any) -> sh
 
 def read_whole(response: shim.UpstreamResponse) -> bytes:
     """Read a body to its end and let go of it."""
-    body = b"".join(filter(None, iter(response.source.read, b"")))
+    body = b"".join(shim.pieces_of(response.source))
     response.source.close()
     return body
 
@@ -9040,12 +9053,12 @@ def test_answer_that_is_cut_is_an_error(script: List[Any], read: bytes, end: str
     go = threading.Event()
     with FakeUpstream([*script, go, end]) as fake, http_upstream(fake.url) as upstream:
         response = sent(upstream)
-        received = b""
+        pieces, received = shim.pieces_of(response.source), b""
         while len(received) < len(read):
-            received += response.source.read()
+            received += next(pieces)
         go.set()
         with pytest.raises(shim.UpstreamCutError):
-            response.source.read()
+            next(pieces)
         response.source.close()
         assert received == read
 
@@ -9506,11 +9519,17 @@ TRIES = [
 QUESTION_UP = shim.UpstreamRequest("POST", "/v1/messages", [], b"{}")
 
 
+def retried(upstream: shim.Upstream, policy: shim.RetryPolicy) -> shim.UpstreamResponse:
+    return shim.driven(shim.send_with_retries(QUESTION_UP, policy), upstream)
+
+
 @pytest.mark.parametrize(("answers", "retries", "statuses"), TRIES)
 def test_retries(answers: List[Answer], retries: int, statuses: List[int]) -> None:
     upstream = ScriptedUpstream(*answers)
-    response = shim.send_with_retries(upstream, QUESTION_UP, shim.RetryPolicy(retries))
-    assert upstream.requests == [QUESTION_UP] * len(statuses)
+    response = retried(upstream, shim.RetryPolicy(retries))
+    assert [request._replace(delay=0.0) for request in upstream.requests] == [QUESTION_UP] * len(
+        statuses
+    )
     assert response.status == statuses[-1]
     let_go = [source.fate for source in upstream.sources]
     assert let_go == ["closed"] * (len(statuses) - 1) + ["open"]
@@ -9536,27 +9555,27 @@ def test_retries_are_not_multiplied_by_clients(
     answers: List[Answer], retries: int, expected: List[str]
 ) -> None:
     upstream = ScriptedUpstream(*answers)
-    response = shim.send_with_retries(upstream, QUESTION_UP, shim.RetryPolicy(retries))
+    response = retried(upstream, shim.RetryPolicy(retries))
     assert [v for k, v in response.headers if k == "x-should-retry"] == expected
 
 
 def test_retry_after_that_is_handed_down_stays_in_the_answer() -> None:
     upstream = ScriptedUpstream(rate_limited(retry_after="3600"))
-    response = shim.send_with_retries(upstream, QUESTION_UP, shim.RetryPolicy(2))
+    response = retried(upstream, shim.RetryPolicy(2))
     assert response.header("retry-after") == "3600"
 
 
 def test_retries_end_when_patience_is_used_up() -> None:
     upstream = ScriptedUpstream(overloaded(retry_after_ms="10"))
     policy = shim.RetryPolicy(100, patience=0.025)
-    assert shim.send_with_retries(upstream, QUESTION_UP, policy).status == 529
+    assert retried(upstream, policy).status == 529
     assert len(upstream.requests) == 3  # 10 ms twice; the third 10 ms would be beyond 25
 
 
 def test_unreachable_upstream_is_tried_again() -> None:
     gone = shim.UpstreamUnreachableError("no route", headers=[("retry-after", "0")])
     upstream = ScriptedUpstream(gone, FINE)
-    assert shim.send_with_retries(upstream, QUESTION_UP, shim.RetryPolicy(2)).status == 200
+    assert retried(upstream, shim.RetryPolicy(2)).status == 200
     assert len(upstream.requests) == 2
 
 
@@ -9565,7 +9584,7 @@ def test_unreachable_upstream_is_an_error_in_the_end() -> None:
         shim.UpstreamUnreachableError("no route", headers=[("retry-after", "0")])
     )
     with pytest.raises(shim.UpstreamUnreachableError) as caught:
-        shim.send_with_retries(upstream, QUESTION_UP, shim.RetryPolicy(1))
+        retried(upstream, shim.RetryPolicy(1))
     assert len(upstream.requests) == 2
     assert ("x-should-retry", "false") in caught.value.headers
 
@@ -9574,7 +9593,7 @@ def test_cut_before_the_head_is_not_sent_twice() -> None:
     """The request may have been taken, and paid for."""
     upstream = ScriptedUpstream(shim.UpstreamCutError("cut"), FINE)
     with pytest.raises(shim.UpstreamCutError):
-        shim.send_with_retries(upstream, QUESTION_UP, shim.RetryPolicy(2))
+        retried(upstream, shim.RetryPolicy(2))
     assert len(upstream.requests) == 1
 
 
@@ -9866,7 +9885,7 @@ def settled(response: shim.Response) -> shim.Response:
     """The answer with its body read to the end."""
     if isinstance(response.body, shim.Gathered):
         for stream in response.body.streams:
-            list(shim.pumped(stream, shim.ClientWatch(), 15.0))
+            list(pumped(stream))
         return response.body.response()
     return response._replace(body=played(response))
 
@@ -10758,7 +10777,7 @@ def resuming(*answers: Answer) -> Tuple[shim.ResumingSource, List[JSON]]:
 
 def drained(source: shim.Source) -> List[JSON]:
     """The events of a source."""
-    raw = b"".join(filter(None, iter(source.read, b"")))
+    raw = b"".join(shim.pieces_of(source))
     return [json.loads(block.partition(b"data: ")[2]) for block in raw.split(b"\n\n") if block]
 
 
@@ -11930,7 +11949,9 @@ def served(request: Any) -> Iterator[Served]:
     """A server on a scripted upstream; small requests come whole or one byte at a time."""
     app, upstream = app_on(streamed(*TEXT_EVENTS))
     kind = shim.Server if request.param == "in one piece" else DrippingServer
-    with kind(app, limits=shim.ServerLimits(max_body=10_000, max_line=1_000)) as server:
+    limits = shim.ServerLimits(max_body=10_000, max_line=1_000, max_workers=1)
+    with kind(app, limits=limits) as server, RawClient(server) as client:
+        client.send(POST_MESSAGES).answer()  # begins the worker, which stays
         yield server, upstream
 
 
@@ -12470,9 +12491,9 @@ def test_body_has_a_limit_in_all_too_s3_b15_s3_b16_s4_b31() -> None:
 class RecordedSocket(socket.socket):
     """Remembers what was sent in one call."""
 
-    def sendall(self, piece: Any, flags: int = 0) -> None:
+    def send(self, piece: Any, flags: int = 0) -> int:
         RECORDED.append(bytes(piece))
-        super().sendall(piece, flags)
+        return super().send(piece, flags)
 
 
 RECORDED: List[bytes] = []
@@ -12974,7 +12995,8 @@ def test_fifty_streams_at_once() -> None:
 
 def test_stop_leaves_nothing_though_a_stream_is_open() -> None:
     with FakeUpstream([BEGUN, UNTIL_GONE]) as fake:
-        server = shim.Server(app_before(fake.url)).start()
+        limits = shim.ServerLimits(drain_seconds=0.1)
+        server = shim.Server(app_before(fake.url), limits=limits).start()
         with RawClient(server) as client, RawClient(server) as idle, RawClient(server) as begun:
             begun.send(b"GET / HT")
             assert idle.send(HEALTH).answer().status == 200
@@ -13012,75 +13034,43 @@ def test_port_that_is_taken_is_an_error() -> None:
 # --- silence
 
 
-class SocketSource(shim.Source):
-    """Bursts out of a socket."""
-
-    def __init__(self, sock: socket.socket, silence_seconds: float) -> None:
-        self.sock: socket.socket = sock
-        self.silence_seconds = silence_seconds
-
-    def ready(self) -> bool:
-        return False
-
-    def read(self) -> bytes:
-        return self.sock.recv(1 << 16)
+QUICK = shim.ServerLimits(heartbeat_seconds=0.02)
 
 
-class MarkedTransform(shim.Transform):
-    """Shows heartbeats, and how it ended."""
-
-    heartbeat = b"(beat)"
-
-    def end(self, error: Optional[shim.ShimError] = None) -> bytes:
-        self.complete = error is None
-        return f"(end {type(error).__name__})".encode()
-
-
-@pytest.fixture
-def wire() -> Iterator[Tuple[socket.socket, socket.socket]]:
-    near, far = socket.socketpair()
-    with near, far:
-        yield near, far
+def test_silence_is_filled_with_heartbeats_s3_b29() -> None:
+    go = threading.Event()
+    with (
+        FakeUpstream([BEGUN, go, in_chunks(LAST_EVENTS) + LAST_CHUNK]) as fake,
+        shim.Server(app_before(fake.url), limits=QUICK) as server,
+        RawClient(server) as client,
+    ):
+        client.send(POST_CHAT)
+        for _ in range(3):
+            client.until(b": keep-alive\n\n")
+        go.set()
+        assert client.until(LAST_CHUNK).endswith(b"data: [DONE]\n\n\r\n" + LAST_CHUNK)
 
 
-Wire = Tuple[socket.socket, socket.socket]
+def test_heartbeats_do_not_prolong_the_silence() -> None:
+    with (
+        FakeUpstream([BEGUN, UNTIL_GONE]) as fake,
+        shim.Server(app_before(fake.url, silence=0.2), limits=QUICK) as server,
+        RawClient(server) as client,
+    ):
+        made = client.send(POST_CHAT).rest()
+        assert made.count(b": keep-alive\n\n") >= 2
+        assert b"upstream fell silent" in made
+        assert not made.endswith(LAST_CHUNK)
 
 
-def test_silence_is_filled_with_heartbeats_s3_b29(wire: Wire) -> None:
-    near, far = wire
-    stream = shim.Stream(SocketSource(near, 60.0), MarkedTransform())
-    pump = shim.pumped(stream, shim.ClientWatch(), 0.01)
-    assert [next(pump), next(pump)] == [b"(beat)", b"(beat)"]
-    far.sendall(b"burst")
-    assert next(pump) == b"burst"
-    assert next(pump) == b"(beat)"
-    far.close()
-    assert list(pump) == [b"(end NoneType)"]
-
-
-def test_heartbeats_do_not_prolong_the_silence(wire: Wire) -> None:
-    stream = shim.Stream(SocketSource(wire[0], 0.2), MarkedTransform())
-    *beats, last = shim.pumped(stream, shim.ClientWatch(), 0.01)
-    assert last == b"(end UpstreamTimeoutError)"
-    assert set(beats) == {b"(beat)"}
-    assert not stream.transform.complete
-
-
-def test_silence_without_heartbeats_has_its_limit_too(wire: Wire) -> None:
-    stream = shim.Stream(SocketSource(wire[0], 0.05), shim.Transform())
-    assert list(shim.pumped(stream, shim.ClientWatch(), 60.0)) == []
-    assert not stream.transform.complete
-
-
-def test_client_that_leaves_during_silence_is_noticed_s3_b10(wire: Wire) -> None:
-    ours, clients = socket.socketpair()
-    stream = shim.Stream(SocketSource(wire[0], 60.0), MarkedTransform())
-    with ours:
-        pump = shim.pumped(stream, shim.ClientWatch(ours), 0.01)
-        assert next(pump) == b"(beat)"
-        clients.close()
-        with pytest.raises(shim.ClientGone):
-            list(pump)
+def test_client_that_leaves_during_silence_is_noticed_s3_b10() -> None:
+    with (
+        FakeUpstream([BEGUN, UNTIL_GONE]) as fake,
+        shim.Server(app_before(fake.url), limits=QUICK) as server,
+    ):
+        with RawClient(server) as client:
+            client.send(POST_CHAT).until(b": keep-alive\n\n")
+        assert fake.gone.wait(PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -13576,18 +13566,33 @@ def test_start_with_the_echo_answers_and_ends_with_0(tmp_path: Path) -> None:
 # --- as a library
 
 
+class FixedApp(shim.App):
+    """Answers every request in the same way."""
+
+    def __init__(self, response: shim.Response, log: shim.Log) -> None:
+        super().__init__(ScriptedUpstream(FINE), log=log)
+        self._response = response
+
+    def answering(self, request: shim.Request) -> shim.Conversation[shim.Response]:
+        return self._response
+        yield
+
+
 def test_fault_of_ours_in_a_stream_is_an_error_and_is_reported() -> None:
     class Broken(shim.EventTransform):
         def feed(self, burst: bytes) -> bytes:
             raise KeyError("oh")
 
-    told: List[Exception] = []
+    lines = io.StringIO()
     stream = shim.Stream(
         ScriptedSource([sse(*TEXT_EVENTS)]), Broken(shim.ChatStreamEncoder(shim.ChatReply()))
     )
-    made = b"".join(shim.pumped(stream, shim.ClientWatch(), 15.0, told.append))
-    assert chunks(made)[0]["error"]["message"] == "claude_shim failed on this answer"
-    assert [type(error) for error in told] == [KeyError]
+    app = FixedApp(shim.Response(200, [], stream), shim.Log(lines))
+    with shim.Server(app) as server, RawClient(server) as client:
+        made = client.send(POST_CHAT).rest()
+    assert b"claude_shim failed on this answer" in made
+    assert not made.endswith(LAST_CHUNK)
+    assert "KeyError at" in lines.getvalue()
     assert not stream.transform.complete
 
 
