@@ -1863,8 +1863,7 @@ class MessageAssembler(EventSink):
         elif delta.get("type") == "signature_delta":
             block["signature"] = delta.get("signature")
         else:
-            piece = delta.get(DELTA_TEXT.get(str(delta.get("type")), ""))
-            self._pieces.append(piece if isinstance(piece, str) else "")
+            self._pieces.append(delta_text(delta))
         return b""
 
     def _on_content_block_stop(self, event: JSON) -> bytes:
@@ -1900,6 +1899,13 @@ DELTA_TEXT = {
 }
 
 
+def delta_text(delta: JSON) -> str:
+    """Return the piece of text that a delta brings; an empty string for one of another kind."""
+    member = DELTA_TEXT.get(str(delta.get("type")))
+    piece = delta.get(member) if member else None
+    return piece if isinstance(piece, str) else ""
+
+
 def _parsed_input(text: str, given: Any) -> JSON:
     if not text.strip():
         return {"input": object_or_empty(given)}
@@ -1915,7 +1921,8 @@ def _parsed_input(text: str, given: Any) -> JSON:
 # that differs in one byte takes the way through the JSON parser.
 _TEXT_DELTA = (
     rb"event: content_block_delta\n"
-    rb'data: \{"type":"content_block_delta","index":\d{1,6},"delta":\{"type":"text_delta","text":"'
+    rb'data: \{"type":"content_block_delta","index":(?:0|[1-9]\d{0,5}),'
+    rb'"delta":\{"type":"text_delta","text":"'
     rb'(?!")(%b[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*)"\} *\}\n\n'
 )
 TEXT_DELTA = re.compile(_TEXT_DELTA % b"")
@@ -3159,11 +3166,11 @@ class ChatStreamEncoder(EventSink):
 
     def _on_content_block_delta(self, event: JSON) -> bytes:
         delta = object_or_empty(event.get("delta"))
-        piece = delta.get(DELTA_TEXT.get(str(delta.get("type")), ""))
+        piece = delta_text(delta)
         if delta.get("type") != "text_delta" or self._reply.annotated:
             self._message.feed(event)
         block = self._open_block()
-        if not isinstance(piece, str) or not piece or block.get("type") not in _SHOWN_BLOCKS:
+        if not piece or block.get("type") not in _SHOWN_BLOCKS:
             return b""
         if delta["type"] == "text_delta":
             return self._text(piece)
@@ -4436,9 +4443,15 @@ class Log:
     ) -> None:
         self._stream = stream
         self.quiet = quiet  # about requests; notes and faults are written all the same
-        self._secrets = sorted(filter(None, secrets), key=len, reverse=True)  # the longest first
+        self._secrets: List[str] = []
+        self.learn(secrets)
         self._lock = threading.Lock()
         self._told: List[str] = []
+
+    def learn(self, secrets: Iterable[str]) -> None:
+        """Mask these, too, from now on."""
+        known = {*self._secrets, *filter(None, secrets)}
+        self._secrets = sorted(known, key=len, reverse=True)  # the longest first
 
     def masked(self, text: str) -> str:
         """Return `text` with every known secret replaced."""
@@ -4927,7 +4940,8 @@ class App:
     def failure(self, error: ShimError, request: Request) -> Response:
         """Return the answer that tells of `error` in the dialect of `request`."""
         error.message = self.log.masked(error.message)
-        headers = [*error.headers, ("content-type", "application/json")]
+        headers = [(k, v) for k, v in error.headers if k != "content-type"]
+        headers.append(("content-type", "application/json"))
         if speaks_anthropic(normalised_path(request.path), request.headers):
             status, body = anthropic_error(error, request.request_id)
             kept = [(k, v) for k, v in headers if _RELAYED_TO_CLIENT.fullmatch(k) or k == "allow"]
@@ -5149,7 +5163,12 @@ class App:
         ids = [("x-request-id", value) for name, value in kept if name == "request-id"]
         head = Response(response.status, [*kept, *ids])
         if response.status >= 400 or response.status in (204, 304):
-            return head._replace(body=read_error_body(response))
+            body = read_error_body(response)
+            if (
+                body and response.status >= 400 and parsed_or_none(body) is None
+            ):  # a page of a proxy
+                raise upstream_error(response.status, None, response.headers)
+            return head._replace(body=body)
         transform = RelayTransform() if response.is_event_stream() else Transform()
         return head._replace(body=Stream(response.source, transform))
 
@@ -5179,8 +5198,13 @@ class App:
     def _fetch_models(self, client: Dict[str, str]) -> Conversation[None]:
         try:
             response = yield from self._get("/v1/models?limit=1000", client)
-            body = parsed_or_none(read_error_body(response)) if response.status == 200 else None
-            if isinstance(body, dict) and isinstance(body.get("data"), list) and body["data"]:
+            body = parsed_or_none(read_error_body(response))
+            if (
+                response.status == 200
+                and isinstance(body, dict)
+                and isinstance(body.get("data"), list)
+                and body["data"]
+            ):
                 self.catalogue.update(body["data"])
         except ShimError as error:
             self.log.once(f"note: upstream does not list its models: {error.message}")
@@ -5753,7 +5777,7 @@ class Gate(Party):
     """
 
     def __init__(self, limits: ServerLimits) -> None:
-        self._limits = limits
+        self.limits = limits
         self._running: Set[Exchange] = set()
         self._waiting: OrderedDict[Exchange, None] = OrderedDict()
         self._next_start = 0.0
@@ -5761,7 +5785,7 @@ class Gate(Party):
     def enter(self, exchange: Exchange) -> None:
         """Begin an exchange now or when its turn comes; OverloadedError when too many wait."""
         if self._waiting or not self._open(time.monotonic()):
-            if len(self._waiting) >= self._limits.max_waiting:
+            if len(self._waiting) >= self.limits.max_waiting:
                 raise OverloadedError(
                     "too many requests are waiting in claude_shim already",
                     headers=[("retry-after", "1")],
@@ -5773,13 +5797,14 @@ class Gate(Party):
             self._start(exchange)
 
     def _open(self, now: float) -> bool:
-        return len(self._running) < self._limits.max_concurrent and now >= self._next_start
+        return len(self._running) < self.limits.max_concurrent and now >= self._next_start
 
     def _start(self, exchange: Exchange) -> None:
         self._running.add(exchange)
-        if self._limits.requests_per_second:
-            pause = 1 / self._limits.requests_per_second
-            self._next_start = max(self._next_start, time.monotonic() - 1.0) + pause
+        if self.limits.requests_per_second:
+            pause = 1 / self.limits.requests_per_second
+            saved = time.monotonic() - max(0.0, 1.0 - pause)  # at most a second's worth at once
+            self._next_start = max(self._next_start, saved) + pause
         exchange.begin()
 
     def leave(self, exchange: Exchange) -> None:
@@ -6842,6 +6867,13 @@ class Settings(NamedTuple):
     client_cert: str
     upstream_header: Tuple[Tuple[str, str], ...]
     allow_plain_http: bool
+    unix: str
+    tls_cert: str
+    tls_key: str
+    max_concurrent: int
+    max_waiting: int
+    requests_per_second: float
+    drain_seconds: float
     quiet: bool
 
 
@@ -6888,6 +6920,18 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise ValueError("expected a whole number")
     return int(text)
+
+
+def _some(text: str) -> int:
+    if _count(text) < 1:
+        raise ValueError("expected a whole number from 1")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
+        raise ValueError("expected a number from 0")
+    return float(text)
 
 
 def _size(text: str) -> int:
@@ -7033,6 +7077,15 @@ OPTIONS: Tuple[Option, ...] = (
         True,
     ),
     Option("allow-plain-http", _flag, "no", "send the key over http:// to another host"),
+    Option(
+        "unix", _text, "", "listen on a Unix socket at PATH instead, for this user only", "PATH"
+    ),
+    Option("tls-cert", _text, "", "certificate chain to serve HTTPS with, PEM", "FILE"),
+    Option("tls-key", _text, "", "its key, if not in the same file", "FILE"),
+    Option("max-concurrent", _some, "256", "requests answered at a time; others wait", "N"),
+    Option("max-waiting", _count, "1024", "requests that may wait; others are refused", "N"),
+    Option("requests-per-second", _rate, "0", "requests begun in a second; 0 is no limit", "N"),
+    Option("drain-seconds", _seconds, "30", "seconds that a stop gives running answers", "S"),
     Option("quiet", _flag, "no", "no line per request on standard error"),
 )
 
@@ -7169,7 +7222,7 @@ def client_keys_from(settings: Settings, environment: Dict[str, str]) -> ClientK
     key = environment.get("CLAUDE_SHIM_API_KEY", "")
     if key.strip():
         return ClientKeys({"env": checked_secret(key, "CLAUDE_SHIM_API_KEY")})
-    if not is_loopback(settings.host):
+    if not (settings.unix or is_loopback(settings.host)):
         raise ConfigError(
             f"--host {settings.host} lets other machines spend your quota: set CLAUDE_SHIM_API_KEY "
             "or --client-key-file first"
@@ -7220,12 +7273,10 @@ def upstream_from(settings: Settings) -> Upstream:
     )
 
 
-def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO) -> Server:
-    """Return the server, bound but not serving yet; ConfigError when a setting is wrong."""
-    keys = client_keys_from(settings, environment)
-    credential = credential_from(settings, environment)
+def policy_from(settings: Settings, keys: ClientKeys) -> Policy:
+    """Return what the settings say about requests."""
     lines = {line: getattr(settings, line) for line in LINES if getattr(settings, line)}
-    policy = Policy(
+    return Policy(
         keys,
         {**settings.alias, **lines},
         settings.prompt_cache,
@@ -7233,20 +7284,93 @@ def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO)
         RetryPolicy(settings.retries),
         settings.upstream != "echo",
     )
-    added = [value for _, value in settings.upstream_header if len(value) >= 8]  # none is a word
-    log = Log(log_to, [*credential.secrets(), *keys.secrets(), *added], settings.quiet)
-    app = App(upstream_from(settings), credential, policy, log)
-    limits = ServerLimits(max_body=settings.max_body)
+
+
+def limits_from(settings: Settings) -> ServerLimits:
+    """Return what the settings say about load."""
+    return ServerLimits(
+        max_body=settings.max_body,
+        max_connections=max(16, descriptor_limit() // 2 - 32),  # one more each goes upstream
+        max_concurrent=settings.max_concurrent,
+        max_waiting=settings.max_waiting,
+        requests_per_second=settings.requests_per_second,
+        drain_seconds=settings.drain_seconds,
+    )
+
+
+def secrets_of(settings: Settings, credential: Credential, keys: ClientKeys) -> List[str]:
+    """Return what must never be shown; a header's value of less than 8 characters is a word."""
+    added = [value for _, value in settings.upstream_header if len(value) >= 8]
+    return [*credential.secrets(), *keys.secrets(), *added]
+
+
+def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO) -> Server:
+    """Return the server, bound but not serving yet; ConfigError when a setting is wrong."""
+    keys = client_keys_from(settings, environment)
+    credential = credential_from(settings, environment)
+    context = listener_context(settings)
+    log = Log(log_to, secrets_of(settings, credential, keys), settings.quiet)
+    app = App(upstream_from(settings), credential, policy_from(settings, keys), log)
+    limits, host = limits_from(settings), listening_host(settings, environment)
     try:
-        return Server(
-            app, settings.host, settings.port, limits=limits, allowed_hosts=settings.allow_host
-        )
+        server = Server(app, host, settings.port, limits=limits, allowed_hosts=settings.allow_host)
     except (OSError, OverflowError) as error:
         raise ConfigError(_cannot_listen(settings, error)) from None
+    server.tls = context
+    return server
+
+
+def reconfigure(server: Server, settings: Settings, environment: Dict[str, str]) -> None:
+    """Let a running server follow new settings; what it listens on and asks stays.
+
+    ConfigError, and nothing changes, when a setting is wrong.
+    """
+    keys = client_keys_from(settings, environment)
+    credential = credential_from(settings, environment)
+    server.app.log.learn(secrets_of(settings, credential, keys))
+    server.app.credential, server.app.policy = credential, policy_from(settings, keys)
+    server.limits = server.gate.limits = limits_from(settings)
+
+
+def listening_host(settings: Settings, environment: Dict[str, str]) -> str:
+    """Return a Server's `host`: systemd's socket (sd_listen_fds(3)), a path or an address."""
+    if environment.get("LISTEN_PID") == str(os.getpid()):
+        if environment.get("LISTEN_FDS") != "1":
+            raise ConfigError("expected one socket from systemd (LISTEN_FDS=1)")
+        return "fd:3"
+    return f"unix:{os.path.expanduser(settings.unix)}" if settings.unix else settings.host
+
+
+def listener_context(settings: Settings) -> Optional[ssl.SSLContext]:
+    """Return the TLS context to serve with; ConfigError when its files cannot be used."""
+    if not settings.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        key = os.path.expanduser(settings.tls_key or settings.tls_cert)
+        context.load_cert_chain(os.path.expanduser(settings.tls_cert), key, _no_password)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"--tls-cert or --tls-key: {error}") from None
+    return context
+
+
+def descriptor_limit() -> int:
+    """Return how many files and sockets may be open, after raising it as far as that is free."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return 20_000
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return wanted if soft == resource.RLIM_INFINITY else soft
 
 
 def _cannot_listen(settings: Settings, error: Exception) -> str:
-    where = f"{settings.host}:{settings.port}"
+    where = settings.unix or f"{settings.host}:{settings.port}"
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         return f"{where} is taken by another program; choose another --port"
     reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -7281,15 +7405,17 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def serve(server: Server) -> None:
-    """Serve until SIGINT or SIGTERM, then stop."""
+def serve(server: Server, reload: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then let answers end; a second one ends at once."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda number, frame: threading.Thread(target=reload).start())
     try:
-        server.serve_forever(poll_interval=0.2)
-    except KeyboardInterrupt:
-        pass
-    finally:
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever(poll_interval=0.2)
         server.stop()
+    except KeyboardInterrupt:
+        os._exit(130)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -7309,8 +7435,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except ConfigError as error:
         print(f"claude_shim: {error}", file=sys.stderr)
         return 2
+
+    def reload() -> None:
+        try:
+            file = config_values(arguments.config, environment)
+            reconfigure(server, settings_from(arguments, environment, file), environment)
+            server.app.log.write("note: the configuration was read again")
+        except ConfigError as error:
+            server.app.log.write(f"note: the configuration stays as it was: {error}")
+
     print(welcome(server), flush=True)
-    serve(server)
+    serve(server, reload)
     return 0
 
 

@@ -21,6 +21,7 @@ import re
 import signal
 import socket
 import ssl
+import stat
 import statistics
 import struct
 import subprocess
@@ -10967,8 +10968,17 @@ RELAYED_FAILURES = [
     case("404", refused(404, "not_found_error", "model: claude-x"), 404),
     case("429", rate_limited(retry_after="17"), 429),
     case("529 stays 529", overloaded(), 529),
-    case("a page of Cloudflare", web_page(413), 413),
 ]
+
+
+def test_page_of_a_middle_box_is_told_as_an_error_not_shown_as_a_page() -> None:
+    app, _ = app_on(web_page(413))
+    response = ask(app, MESSAGES, QUESTION)
+    assert (response.status, field(response, "content-type")) == (413, ["application/json"])
+    assert answered(response)["error"] == {
+        "type": "request_too_large",
+        "message": "upstream answered with status 413",
+    }
 
 
 @pytest.mark.parametrize(("scripted", "status"), RELAYED_FAILURES)
@@ -13086,6 +13096,267 @@ def test_heartbeat_of_a_dialect_means_nothing(raw: bytes, expected: bytes) -> No
     body = ask(app, path, {**ASKED, "stream": True}).body
     assert isinstance(body, shim.Stream)
     assert body.transform.heartbeat == expected
+
+
+# --- load
+
+
+def waiting_server(fake: FakeUpstream, **limits: float) -> shim.Server:
+    return shim.Server(app_before(fake.url), limits=shim.ServerLimits()._replace(**limits))
+
+
+def test_idle_connections_cost_no_thread_and_hold_up_nobody() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    with shim.Server(app) as server, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(RawClient(server)) for _ in range(200)]
+        assert all(client.send(HEALTH).answer().status == 200 for client in idle)
+        threads = {thread.name for thread in threading.enumerate()}
+        assert len(threads) < 10
+        with RawClient(server) as client:
+            assert_whole_chat(client.send(POST_CHAT).answer())
+
+
+def test_requests_over_the_limit_wait_and_are_answered_in_order() -> None:
+    go = threading.Event()
+    script = [BEGUN, go, in_chunks(LAST_EVENTS) + LAST_CHUNK]
+    with (
+        FakeUpstream(script, [WHOLE_STREAM]) as fake,
+        waiting_server(fake, max_concurrent=1) as server,
+        RawClient(server) as first,
+        RawClient(server) as second,
+        RawClient(server) as third,
+    ):
+        first.send(POST_CHAT)
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        second.send(POST_CHAT)
+        third.send(POST_MESSAGES)
+        assert third.sock.gettimeout()
+        with RawClient(server) as other:
+            assert other.send(b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n").answer().status
+        assert len(fake.requests) == 1
+        go.set()
+        for client in (first, second):
+            assert_whole_chat(client.answer())
+        assert third.answer().status == 200
+        assert len(fake.requests) == 3
+
+
+def test_client_that_leaves_the_line_takes_no_turn_s4_b2() -> None:
+    go = threading.Event()
+    script = [BEGUN, go, in_chunks(LAST_EVENTS) + LAST_CHUNK]
+    with (
+        FakeUpstream(script, [WHOLE_STREAM]) as fake,
+        waiting_server(fake, max_concurrent=1, max_waiting=1) as server,
+        RawClient(server) as first,
+    ):
+        first.send(POST_CHAT)
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        with RawClient(server) as leaving, RawClient(server) as refused:
+            leaving.send(POST_CHAT)
+            while refused.send(POST_CHAT).answer().status != 503:
+                pass  # until `leaving` is in line
+        with RawClient(server) as last:
+            answer = last.send(POST_CHAT)
+            go.set()
+            assert_whole_chat(first.answer())
+            assert answer.answer().status in (200, 503)
+        assert len(fake.requests) <= 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "code"),
+    [
+        case("chat", POST_CHAT, 503, "server_is_overloaded"),
+        case("messages", POST_MESSAGES, 529, None),
+    ],
+)
+def test_request_whose_turn_does_not_come_is_refused(
+    raw: bytes, status: int, code: Optional[str]
+) -> None:
+    with (
+        FakeUpstream([BEGUN, UNTIL_GONE]) as fake,
+        waiting_server(fake, max_concurrent=1, wait_seconds=0.05) as server,
+        RawClient(server) as first,
+        RawClient(server) as second,
+    ):
+        first.send(POST_CHAT)
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        answer = second.send(raw).answer()
+        assert (answer.status, answer.headers["retry-after"]) == (status, "5")
+        assert json.loads(answer.body)["error"].get("code") == code
+        assert len(fake.requests) == 1
+
+
+def test_gate_lets_in_so_many_in_a_second() -> None:
+    class Queued(shim.Exchange):
+        def __init__(self) -> None:
+            self.relay = shim.Relay(lambda error, where: None)
+
+        def begin(self) -> None:
+            begun.append(self)
+
+        def wait_for_turn(self) -> None:
+            pass
+
+    begun: List[shim.Exchange] = []
+    gate = shim.Gate(shim.ServerLimits(requests_per_second=2.0))
+    asked = [Queued() for _ in range(4)]
+    for exchange in asked:
+        gate.enter(exchange)
+    assert begun == asked[:2]  # a second's worth at once
+    now = time.monotonic()
+    assert now < gate.tick(now) <= now + 0.5
+    gate.tick(now + 0.5)
+    for exchange in asked:
+        exchange.relay.stop()
+
+
+def test_slow_reader_holds_back_its_own_upstream_and_nobody_else() -> None:
+    filler = in_chunks(sse(message_start())) + in_chunks(sse({"type": "ping"}) * 2000) * 4000
+    with (
+        FakeUpstream([STREAM_HEAD, iter([filler] * 3), UNTIL_GONE], [WHOLE_STREAM]) as fake,
+        shim.Server(app_before(fake.url)) as server,
+        RawClient(server) as slow,
+        RawClient(server) as quick,
+    ):
+        slow.send(POST_MESSAGES).until(b"message_start")
+        assert_whole_chat(quick.send(POST_CHAT).answer())
+        assert max(connection.backlog for connection in server.connections) < 4 << 20
+
+
+def test_running_out_of_descriptors_makes_room_instead_of_spinning() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    limits = shim.ServerLimits(max_connections=3)
+    with shim.Server(app, limits=limits) as server, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(RawClient(server)) for _ in range(3)]
+        assert all(client.send(HEALTH).answer().status == 200 for client in idle)
+        last = stack.enter_context(RawClient(server))
+        assert last.send(HEALTH).answer().status == 200
+
+
+def test_work_that_takes_long_does_not_hold_up_other_requests() -> None:
+    go = threading.Event()
+
+    class Slow(ScriptedUpstream):
+        def send(self, request: shim.UpstreamRequest) -> shim.UpstreamResponse:
+            if b"wait" in request.body:
+                assert go.wait(PATIENCE)
+            return super().send(request)
+
+    app = shim.App(Slow(streamed(*TEXT_EVENTS)), policy=shim.Policy(live_models=False))
+    body = {**ASKED, "messages": [{"role": "user", "content": "wait"}]}
+    raw = json.dumps(body).encode()
+    with shim.Server(app) as server, RawClient(server) as slow, RawClient(server) as quick:
+        slow.send(raw_post("/v1/chat/completions", raw))
+        assert_whole_chat(quick.send(POST_CHAT).answer())
+        go.set()
+        assert slow.answer().status == 200
+
+
+# --- other listeners
+
+
+def test_unix_socket_is_for_its_owner_only(tmp_path: Path) -> None:
+    path = tmp_path / "shim.sock"
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    with shim.Server(app, f"unix:{path}") as server:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert server.url.startswith("http+unix://")
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            sock.sendall(HEALTH)
+            assert sock.recv(1 << 16).startswith(b"HTTP/1.1 200 OK")
+        with pytest.raises(OSError, match="in use"):
+            shim.Server(app, f"unix:{path}")
+    assert not path.exists()
+
+
+def test_unix_socket_that_nobody_serves_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "shim.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    with shim.Server(app, f"unix:{path}"):
+        pass
+    (tmp_path / "precious").write_text("a file")
+    with pytest.raises(OSError, match="in use"):
+        shim.Server(app, f"unix:{tmp_path / 'precious'}")
+
+
+def test_listening_socket_can_be_inherited() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    with shim.Server(app, f"fd:{listener.detach()}") as server, RawClient(server) as client:
+        assert server.url == f"http://127.0.0.1:{port}"
+        assert client.send(HEALTH).answer().status == 200
+
+
+def test_inherited_socket_that_others_can_reach_needs_a_client_key() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    listener = socket.create_server(("0.0.0.0", 0))
+    with pytest.raises(shim.ConfigError, match="set a client key"):
+        shim.Server(app, f"fd:{listener.detach()}")
+
+
+def tls_client(server: shim.Server) -> RawClient:
+    client = RawClient(server)
+    client.sock = trusting().wrap_socket(client.sock, server_hostname="localhost")
+    return client
+
+
+def test_tls_listener_serves_requests_and_streams(tls_server: ssl.SSLContext) -> None:
+    with FakeUpstream([WHOLE_STREAM]) as fake:
+        server = shim.Server(app_before(fake.url))
+        server.tls = tls_server
+        with server, RawClient(server) as silent, tls_client(server) as client:
+            assert server.url.startswith("https://")
+            assert client.send(HEALTH).answer().status == 200
+            assert_whole_chat(client.send(POST_CHAT).answer())
+            assert silent.send(HEALTH).rest() == b""  # plain HTTP
+
+
+def test_tls_client_that_leaves_is_noticed(tls_server: ssl.SSLContext) -> None:
+    with FakeUpstream([BEGUN, UNTIL_GONE]) as fake:
+        server = shim.Server(app_before(fake.url))
+        server.tls = tls_server
+        with server:
+            with tls_client(server) as client:
+                client.send(POST_CHAT).until(b"Hel")
+            assert fake.gone.wait(PATIENCE)
+
+
+# --- the end
+
+
+def test_stop_lets_running_answers_end_and_says_so_to_health_checks() -> None:
+    go = threading.Event()
+    with FakeUpstream([BEGUN, go, in_chunks(LAST_EVENTS) + LAST_CHUNK]) as fake:
+        server = shim.Server(app_before(fake.url)).start()
+        with RawClient(server) as client, RawClient(server) as begun:
+            begun.send(HEALTH[:-2])
+            client.send(POST_CHAT)
+            assert fake.stalled.acquire(timeout=PATIENCE)
+            stopping = threading.Thread(target=server.stop)
+            stopping.start()
+            while not server.draining:
+                pass
+            go.set()
+            assert_whole_chat(client.answer())
+            stopping.join(PATIENCE)
+            assert not stopping.is_alive()
+
+
+def test_answer_that_does_not_end_in_time_is_cut_by_an_error_s4_b28() -> None:
+    with FakeUpstream([BEGUN, UNTIL_GONE]) as fake:
+        limits = shim.ServerLimits(drain_seconds=0.05)
+        server = shim.Server(app_before(fake.url), limits=limits).start()
+        with RawClient(server) as client:
+            client.send(POST_CHAT).until(b"Hel")
+            server.stop()
+            made = client.rest()
+            assert b"claude_shim is being stopped" in made
+            assert not made.endswith(LAST_CHUNK)
 
 
 # ----------------------------------------------------------------------
