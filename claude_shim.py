@@ -380,10 +380,13 @@ def error_from_event(event: JSON) -> UpstreamError:
 
 # json.loads recurses in C: CPython 3.13 crashes the process at some 5,000 levels in a small stack.
 MAX_JSON_DEPTH = 200
+# 32 MiB of "[]," would become a gigabyte; a long conversation with many tools has some 10,000.
+MAX_JSON_VALUES = 500_000
+MAX_DIGITS = 308  # of a whole number: what a double can hold, as for the others
 
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_NOT_BRACKET = re.compile(r"[^\[\]{}]+")
-_STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
+_OPENS_OR_PARTS = b"[{,"
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -394,11 +397,11 @@ def dumps(value: Any) -> bytes:
 
 def loads(body: bytes) -> Any:
     """Return the value of a JSON text in UTF-8; ValueError says in a sentence what is wrong."""
+    if sum(map(body.count, _OPENS_OR_PARTS)) > MAX_JSON_DEPTH:
+        _check_structure(body)
     text = body.decode("utf-8")
     if text.startswith("\ufeff"):
         text = text[1:]
-    if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
-        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     value = loads_text(text)
     return _without_surrogates(value) if _SURROGATE_ESCAPE.search(text) else value
 
@@ -450,9 +453,32 @@ def _skipped(text: str, position: int, mark: str) -> int:
     return _skipped(text, position + 1, "")
 
 
-def _depth(text: str) -> int:
-    brackets = _NOT_BRACKET.sub("", _STRING.sub("", text))
-    return max(itertools.accumulate(map(_STEP.__getitem__, brackets)), default=0)
+def _check_structure(body: bytes) -> None:
+    """Refuse what the parser would turn into far more stack or memory than it has bytes."""
+    depth = values = 0
+    for text in _outside_strings(body):
+        values += sum(map(text.count, _OPENS_OR_PARTS))
+        if values > MAX_JSON_VALUES:
+            raise ValueError(f"it has more than {MAX_JSON_VALUES} values")
+        steps = map(_STEP.__getitem__, text.translate(None, _NOT_BRACKET))
+        levels = list(itertools.accumulate(steps, initial=depth))
+        if max(levels) > MAX_JSON_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
+        depth = levels[-1]
+
+
+def _outside_strings(body: bytes) -> Iterator[bytes]:
+    """What stands outside of strings, in pieces: in linear time and little memory for any bytes.
+
+    A regular expression for strings takes quadratic time where one is not closed.
+    """
+    if b"\\" in body:
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    inside = 0
+    for start in range(0, len(body), 1 << 16):
+        pieces = body[start : start + (1 << 16)].split(b'"')
+        yield b"".join(pieces[inside::2])
+        inside ^= len(pieces) & 1 ^ 1
 
 
 def _no_constant(name: str) -> Any:
@@ -464,6 +490,12 @@ def _finite(text: str) -> float:
     if math.isinf(number):
         raise ValueError(f"the number {text[:20]} is too large")
     return number
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:  # and int() of many digits takes quadratic time
+        raise ValueError(f"the number {text[:20]}... is too large")
+    return int(text)
 
 
 def _without_surrogates(value: Any) -> Any:
@@ -478,7 +510,9 @@ def _without_surrogates(value: Any) -> Any:
 
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # made once: that is slow
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(
+    parse_constant=_no_constant, parse_float=_finite, parse_int=_whole_number
+)
 
 
 def as_object(value: Any, path: str) -> JSON:

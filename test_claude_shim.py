@@ -1272,6 +1272,8 @@ def test_dumps_refuses_what_is_no_json(number: float) -> None:
         case("a backslash before u is no escape", b'"\\\\ud83d"', "\\ud83d"),
         case("a small number", b"1e-999", 0.0),
         case("a large whole number", b"1" + b"0" * 30, 10**30),
+        case("a whole number as large as a double", b"-" + b"9" * 307, -(10**307 - 1)),
+        case("a name that comes twice: the last one counts", b'{"a":1,"a":2}', {"a": 2}),
         case("brackets in text are no depth", b'["' + b"[{" * 5000 + b'"]', ["[{" * 5000]),
         case("many lists side by side", b"[" + b"[]," * 999 + b"[]]", [[]] * 1000),
     ],
@@ -1293,6 +1295,8 @@ def test_loads(text: bytes, expected: Any) -> None:
         case("infinity", b"[-Infinity]", "-Infinity is not JSON"),
         case("too large a number", b"[1e999]", "the number 1e999 is too large"),
         case("too small a number", b"-1e999", "the number -1e999 is too large"),
+        case("309 digits", b"9" * 309, f"the number {'9' * 20}... is too large"),
+        case("a million digits", b"[1" + b"0" * 10**6 + b"]", f"{'0' * 19}... is too large"),
         case("not UTF-8", b'"\xff"', "codec can't decode"),
         case("a surrogate in UTF-8", b'"\xed\xa0\x80"', "codec can't decode"),
         case("UTF-16", '{"a":1}'.encode("utf-16"), "codec can't decode"),
@@ -1319,9 +1323,66 @@ def test_loads_takes_200_levels_and_no_more(opening: bytes, closing: bytes, time
         shim.loads(b"[" + body + b"]")
 
 
-def test_loads_survives_a_hundred_thousand_levels() -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        case("lists", b"[" * 100_000),
+        case("objects", b'{"a":' * 100_000),
+        case("behind brackets in strings", b'["' + b"]" * 70_000 + b'",' + b"[" * 300),
+        case("behind escaped quotes", b'["' + b'\\\\\\"' * 30_000 + b'",' + b"[" * 300),
+        case("behind escaped backslashes", b'["' + b"\\\\" * 40_000 + b'",' + b"[" * 300),
+        case("without UTF-8", b"[" * 100_000 + b"\xff"),
+    ],
+)
+def test_loads_survives_many_levels(body: bytes) -> None:
     with pytest.raises(ValueError, match="nested deeper than 200 levels"):
-        shim.loads(b"[" * 100_000)
+        shim.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("opening", "part", "closing"),
+    [
+        case("lists", b"[[]", b",[]", b"]"),
+        case("objects", b"[{}", b",{}", b"]"),
+        case("numbers", b"[0", b",1,2", b"]"),
+        case("members", b'{"":0', b',"a":1,"b":2', b"}"),
+        case("strings", b'[""', b',"[",","', b"]"),
+        case("the end of lists", b"[[0]", b",[0]", b"]"),
+    ],
+)
+def test_loads_takes_half_a_million_values_and_no_more(
+    opening: bytes, part: bytes, closing: bytes
+) -> None:
+    shim.loads(opening + part * 249_999 + closing)
+    with pytest.raises(ValueError, match="it has more than 500000 values"):
+        shim.loads(opening + part * 250_000 + closing)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        case("commas and brackets", b"[{,", "[{,"),
+        case("escaped quotes", b'\\",[{', '",[{'),
+        case("escaped backslashes", b"\\\\,[", "\\,["),
+        case("both", b'\\\\\\"[,', '\\"[,'),
+    ],
+)
+def test_what_stands_in_strings_is_no_value(text: bytes, expected: str) -> None:
+    times = 200_000
+    assert shim.loads(b'[["' + text * times + b'"],1]') == [[expected * times], 1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        case("escaped quotes", b"[" * 100 + b"," * 101 + b'"' + b'\\"' * 10**6),
+        case("quotes", b"[" * 201 + b'"' * (10**6 + 1)),
+        case("backslashes", b"[" * 100 + b"," * 101 + b'"' + b"\\" * 10**6),
+    ],
+)
+def test_string_without_an_end_takes_no_quadratic_time(body: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):  # 80 KB of these once took 25 s
+        shim.loads(body)
 
 
 @pytest.mark.parametrize(
