@@ -61,6 +61,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import zlib
 from collections import OrderedDict
 from datetime import datetime, timezone
 from typing import (
@@ -212,7 +213,7 @@ class TargetTooLongError(ProtocolError):
 
 
 class UnsupportedEncodingError(ProtocolError):
-    """415: the body is compressed."""
+    """415: the body has a coding that is not known here; carries `Accept-Encoding`."""
 
     status = 415
 
@@ -840,12 +841,11 @@ MAX_EVENT_BYTES = 16 << 20  # a web search result is the largest event known, so
 _MAX_CHUNK_LINE = 1024
 _MAX_TRAILER = 16 << 10
 
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
-
-
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]{0,10}(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
 _CHUNK_START = re.compile(rb"(?:[0-9A-Fa-f]{1,8}[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?")
-
-_TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n){0,64}")
+_TRAILERS = re.compile(
+    rb"(?:(?=[^\n]{1,1023}\n)[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n){0,64}"
+)
 
 
 class ChunkedDecoder:
@@ -4735,6 +4735,7 @@ _RELAYED_TO_UPSTREAM = re.compile(
 _RELAYED_TO_CLIENT = re.compile(
     r"anthropic-.*|request-id|retry-after|retry-after-ms|x-should-retry|content-type|content-disposition"
 )
+_OWN_HEADERS = ("allow", "accept-encoding")  # of errors that are ours: what would be taken instead
 _RATE_LIMITS = re.compile(r"anthropic-ratelimit-(requests|tokens)-(limit|remaining|reset)")
 
 
@@ -4833,14 +4834,16 @@ class App:
         headers = [*error.headers, ("content-type", "application/json")]
         if speaks_anthropic(normalised_path(request.path), request.headers):
             status, body = anthropic_error(error, request.request_id)
-            kept = [(k, v) for k, v in headers if _RELAYED_TO_CLIENT.fullmatch(k) or k == "allow"]
+            kept = [
+                (k, v) for k, v in headers if _RELAYED_TO_CLIENT.fullmatch(k) or k in _OWN_HEADERS
+            ]
         else:
             status, body = openai_error(error)
             spent = status == 429 and all(name != "retry-after" for name, _ in headers)
             if spent:  # a limit on spending: trying again is in vain
                 headers.append(("x-should-retry", "false"))
             kept = [*openai_headers(headers, time.time()), ("content-type", "application/json")]
-            kept += [(k, v) for k, v in headers if k == "allow"]
+            kept += [(k, v) for k, v in headers if k in _OWN_HEADERS]
             kept += [("x-request-id", v) for k, v in headers if k == "request-id"]
         return Response(status, kept, dumps(body))
 
@@ -5258,6 +5261,23 @@ _LENGTH = re.compile(r"[0-9]{1,18}")
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 
 
+_OTHER_PROTOCOLS = (
+    (b"\x16\x03", ProtocolError, "this port speaks plain HTTP, not TLS: use http://"),
+    (
+        b"PRI * HTTP/2.0\r\n",
+        VersionNotSupportedError,
+        "this port speaks HTTP/1.1 only: turn off HTTP/2 with prior knowledge",
+    ),
+)
+
+
+def check_protocol(start: bytes) -> None:
+    """Refuse the first bytes of another protocol, with a sentence for who set up the client."""
+    for prefix, error, sentence in _OTHER_PROTOCOLS:
+        if start.startswith(prefix):
+            raise error(sentence)
+
+
 def parsed_head(head: bytes) -> Head:
     """Return a request head given without its last empty line; a ProtocolError if it is malformed.
 
@@ -5296,8 +5316,7 @@ def _with_authority(head: Head) -> Head:
 def request_framing(head: Head, max_body: int) -> Framing:
     """Return how the body of a request ends (RFC 9112 6); a ProtocolError if that is ambiguous."""
     codings, lengths = head.values("transfer-encoding"), head.values("content-length")
-    if head.tokens("content-encoding") not in ([], ["identity"]):
-        raise UnsupportedEncodingError("send the body without Content-Encoding")
+    content_coding(head)
     if codings:
         if lengths or head.minor_version == 0:
             raise ProtocolError("Transfer-Encoding together with Content-Length or HTTP/1.0")
@@ -5310,6 +5329,40 @@ def request_framing(head: Head, max_body: int) -> Framing:
     if length > max_body:
         raise too_large(max_body)
     return Framing(False, length, True)
+
+
+_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # how zlib is told the coding
+
+
+def content_coding(head: Head) -> str:
+    """Return the coding of the body, empty for none; UnsupportedEncodingError if it is not known.
+
+    One coding only: each further one would be another factor between what comes and what it makes.
+    """
+    codings = [coding for coding in head.tokens("content-encoding") if coding != "identity"]
+    if len(codings) > 1 or not set(codings) <= set(_WINDOW_BITS):
+        accepted = [("accept-encoding", "gzip, deflate")]
+        raise UnsupportedEncodingError("the body may be in gzip or deflate only", headers=accepted)
+    return "".join(codings)
+
+
+def decompressed(body: bytes, coding: str, max_bytes: int) -> bytes:
+    """Return `body` without its coding; a ProtocolError if that is over `max_bytes`, or not whole.
+
+    Nothing may follow the stream, a second one neither: many short ones take quadratic time.
+    """
+    if not (coding and body):
+        return body
+    stream = zlib.decompressobj(_WINDOW_BITS[coding])
+    try:
+        content = stream.decompress(body, max_bytes + 1)
+    except zlib.error:
+        raise ProtocolError(f"the request body is not {coding}, as its header says") from None
+    if len(content) > max_bytes:
+        raise too_large(max_bytes)
+    if not stream.eof or stream.unused_data:
+        raise ProtocolError(f"the request body is not one whole {coding} stream")
+    return content
 
 
 def too_large(max_body: int) -> RequestTooLargeError:
@@ -5394,6 +5447,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         try:
             head = self._read_head()
         except ProtocolError as error:
+            self.server.app.log.once(f"note: a request was refused: {error.message}")
             self._refuse(error, Head("-", "/", 1, {}), "")
             return
         if head is None:
@@ -5423,6 +5477,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             served["key_name"] = self.server.app.admit(head.method, head.target, headers)
             framing = request_framing(head, self.server.limits.max_body)
             body = self._read_body(head, framing)
+            body = decompressed(body, content_coding(head), self.server.limits.max_body)
         except ShimError as error:
             served["status"] = self._refuse(error, head, request_id)
             served["outcome"] = type(error).__name__
@@ -5479,13 +5534,12 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 if skipped:
                     raise ProtocolError("the request line is malformed")
                 self._buffer, skipped = self._buffer[2:], True  # RFC 9112 2.2 allows one
+            check_protocol(self._buffer)
             end = self._buffer.find(b"\r\n\r\n")
             self._check_head_size(self._buffer[: end if end >= 0 else None], end >= 0)
             if end >= 0:
                 head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
                 return parsed_head(head)
-            if self._buffer[:3] == b"\x16\x03\x01":
-                raise ProtocolError("this port speaks plain HTTP, not TLS")
             if not self._fill(deadline):
                 return None
 

@@ -11,6 +11,7 @@ import ast
 import base64
 import contextlib
 import copy
+import gzip
 import importlib.util
 import io
 import json
@@ -29,6 +30,7 @@ import threading
 import time
 import tokenize
 import urllib.request
+import zlib
 from pathlib import Path
 from typing import (
     Any,
@@ -1851,6 +1853,9 @@ LINE_ENDS = pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"], ids=["L
         case("an extension", b'3;a="b c";d\r\nabc\r\n0;e\r\n\r\n', b"abc"),
         case("spaces behind the size", b"3 \t\r\nabc\r\n0 \r\n\r\n", b"abc"),
         case("trailers", b"3\r\nabc\r\n0\r\nA: b\r\nC: d\r\n\r\n", b"abc"),
+        case("64 trailers", b"3\r\nabc\r\n0\r\n" + b"A: b\r\n" * 64 + b"\r\n", b"abc"),
+        case("a trailer of 1 KiB", b"1\r\na\r\n0\r\nA: " + b"b" * 1019 + b"\r\n\r\n", b"a"),
+        case("an extension of 1,000 bytes", b"1;" + b"e" * 1000 + b"\r\na\r\n0\r\n\r\n", b"a"),
     ],
 )
 def test_chunked_body(raw: bytes, body: bytes, cut: Any) -> None:
@@ -1895,6 +1900,16 @@ def test_chunked_body_hands_out_an_unfinished_chunk() -> None:
         case("an extension without end", b"3;" + b"a" * 2000),
         case("an extension with a control character", b"3;a\x00b\r\nabc\r\n"),
         case("two sizes", b"3 3\r\nabc\r\n"),
+        case("a line of blanks", b"3" + b" " * 1100 + b"\r\nabc\r\n"),
+        case("a line end in a quoted extension", b'3;a="\r\nabc\r\n"\r\n'),
+        case("a bare CR in an extension", b"3;a\rb\r\nabc\r\n"),
+        case("an extension without a semicolon", b"3 a=b\r\nabc\r\n"),
+        case("65 trailers", b"0\r\n" + b"A: b\r\n" * 65 + b"\r\n"),
+        case("a trailer of more than 1 KiB", b"0\r\nA: " + b"b" * 1021 + b"\r\n\r\n"),
+        case("a folded trailer", b"0\r\nA: b\r\n c\r\n\r\n"),
+        case("a bare CR in a trailer", b"0\r\nA: b\rC: d\r\n\r\n"),
+        case("a bare LF between trailers", b"0\r\nA: b\nC: d\r\n\r\n"),
+        case("a space before the colon of a trailer", b"0\r\nA : b\r\n\r\n"),
         case("trailers without end", b"0\r\n" + b"A: b\r\n" * 4000),
     ],
 )
@@ -11749,11 +11764,119 @@ def test_request_head_is_parsed(head: bytes, expected: Any) -> None:
         case("the same length twice", "Content-Length: 5\r\ncontent-length: 5", (False, 5, True)),
         case("chunked", "Transfer-Encoding: Chunked", (True, None, True)),
         case("no encoding", "Content-Encoding: identity\r\nContent-Length: 1", (False, 1, True)),
+        case("gzip", "Content-Encoding: GZip\r\nContent-Length: 1", (False, 1, True)),
+        case("deflate", "Content-Encoding: deflate\r\nContent-Length: 1", (False, 1, True)),
     ],
 )
 def test_request_framing(fields: str, expected: Any) -> None:
     head = shim.parsed_head(f"POST / HTTP/1.1\r\nHost: a\r\n{fields or 'X: 1'}".encode())
     assert shim.request_framing(head, 100) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        case("none", [], ""),
+        case("an empty one", ["", " , "], ""),
+        case("no coding", ["identity"], ""),
+        case("gzip", ["gzip"], "gzip"),
+        case("gzip by its old name", ["X-GZip"], "x-gzip"),
+        case("deflate", ["identity, Deflate"], "deflate"),
+        *[
+            case(f"{value!r}", [value], None)
+            for value in ("br", "zstd", "compress", "gzip, gzip", "deflate, gzip", "gzip;q=1", "*")
+        ],
+        case("two fields", ["gzip", "gzip"], None),
+    ],
+)
+def test_coding_of_a_body(fields: List[str], expected: Optional[str]) -> None:
+    head = shim.Head("POST", "/", 1, {"content-encoding": fields} if fields else {})
+    if expected is not None:
+        assert shim.content_coding(head) == expected
+        return
+    with pytest.raises(shim.UnsupportedEncodingError) as caught:
+        shim.request_framing(head, 100)
+    assert (caught.value.status, caught.value.headers) == (
+        415,
+        [("accept-encoding", "gzip, deflate")],
+    )
+
+
+GZIPPED_HELLO = bytes.fromhex("1f8b0800000000000203cb48cdc9c9070086a6103605000000")
+DEFLATED_HELLO = bytes.fromhex("789ccb48cdc9c90700062c0215")
+GZIPPED_NOTHING = bytes.fromhex("1f8b080000000000020303000000000000000000")
+
+
+@pytest.mark.parametrize(
+    ("body", "coding", "expected"),
+    [
+        case("gzip", GZIPPED_HELLO, "gzip", b"hello"),
+        case("gzip by its old name", GZIPPED_HELLO, "x-gzip", b"hello"),
+        case("deflate", DEFLATED_HELLO, "deflate", b"hello"),
+        case("no coding", GZIPPED_HELLO, "", GZIPPED_HELLO),
+        case("no body", b"", "gzip", b""),
+        case("nothing in gzip", GZIPPED_NOTHING, "gzip", b""),
+        case("as much as allowed", zlib.compress(bytes(1000)), "deflate", bytes(1000)),
+    ],
+)
+def test_decompressed_body(body: bytes, coding: str, expected: bytes) -> None:
+    assert shim.decompressed(body, coding, 1000) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "coding", "status", "sentence"),
+    [
+        case("a second member", GZIPPED_HELLO * 2, "gzip", 400, "is not one whole gzip stream"),
+        case("bytes after it", GZIPPED_HELLO + b"\0", "gzip", 400, "is not one whole gzip stream"),
+        case("deflate and more", DEFLATED_HELLO + b"{", "deflate", 400, "is not one whole deflate"),
+        *[
+            case(f"the first {end} bytes", GZIPPED_HELLO[:end], "gzip", 400, "is not one whole")
+            for end in (1, 10, 15, 24)
+        ],
+        case("a wrong checksum", GZIPPED_HELLO[:-8] + bytes(8), "gzip", 400, "is not gzip"),
+        case("deflate for gzip", DEFLATED_HELLO, "gzip", 400, "is not gzip, as its header says"),
+        case("gzip for deflate", GZIPPED_HELLO, "deflate", 400, "is not deflate"),
+        case("deflate without its head", DEFLATED_HELLO[2:-4], "deflate", 400, "is not deflate"),
+        case("no coding at all", b"{}", "gzip", 400, "is not gzip"),
+        case("a byte too much", zlib.compress(bytes(1001)), "deflate", 413, "is over 1000 bytes"),
+        case("a bomb", zlib.compress(bytes(50 << 20)), "deflate", 413, "is over 1000 bytes"),
+        case("a cut bomb", zlib.compress(bytes(9999))[:-4], "deflate", 413, "is over 1000 bytes"),
+    ],
+)
+def test_compressed_body_that_is_refused(
+    body: bytes, coding: str, status: int, sentence: str
+) -> None:
+    with pytest.raises(shim.ProtocolError, match=f"^the request body {sentence}") as caught:
+        shim.decompressed(body, coding, 1000)
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [
+        case(
+            "TLS", b"\x16\x03\x01\x02", (400, "this port speaks plain HTTP, not TLS: use http://")
+        ),
+        case(
+            "older TLS", b"\x16\x03\x00", (400, "this port speaks plain HTTP, not TLS: use http://")
+        ),
+        case(
+            "HTTP/2",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            (505, "this port speaks HTTP/1.1 only: turn off HTTP/2 with prior knowledge"),
+        ),
+        case("HTTP/1.1", b"PRI * HTTP/1.1\r\n", None),
+        case("a part of it", b"PRI * HTTP/2.0\r", None),
+        case("nothing", b"", None),
+    ],
+)
+def test_other_protocol_is_named(start: bytes, told: Optional[Tuple[int, str]]) -> None:
+    if told is None:
+        shim.check_protocol(start)
+        return
+    with pytest.raises(shim.ProtocolError) as caught:
+        shim.check_protocol(start)
+    assert (caught.value.status, caught.value.message) == told
 
 
 @pytest.mark.parametrize(
@@ -11962,6 +12085,7 @@ ASKED: JSON = {
     "messages": [{"role": "user", "content": "hi"}],
 }
 ASKED_BYTES = json.dumps(ASKED).encode()
+GZIPPED_ASKED = gzip.compress(ASKED_BYTES)
 HEALTH = raw_request("GET /health HTTP/1.1")
 POST_MESSAGES = raw_post("/v1/messages", ASKED)
 POST_CHAT = raw_post("/v1/chat/completions", {**ASKED, "stream": True})
@@ -12033,6 +12157,14 @@ def chunked_post(coded: bytes, *fields: str, path: str = "/v1/messages") -> byte
                 "POST /v1/messages HTTP/1.1",
                 "TRANSFER-ENCODING: ChunkeD",
                 body=in_chunks(ASKED_BYTES) + LAST_CHUNK,
+            ),
+        ),
+        case("gzip", raw_post("/v1/messages", GZIPPED_ASKED, "Content-Encoding: gzip")),
+        case(
+            "deflate in chunks",
+            chunked_post(
+                in_chunks(*map(bytes, zip(zlib.compress(ASKED_BYTES)))) + LAST_CHUNK,
+                "Content-Encoding: deflate",
             ),
         ),
         case("an empty line before the request", b"\r\n" + POST_MESSAGES),
@@ -12202,7 +12334,18 @@ def test_request_that_ends_early_is_not_asked_of_upstream(served: Served) -> Non
             chunked_post(b"ffffffff\r\n" + b" " * 10_001),
             413,
         ),
-        case("a compressed body", raw_post("/v1/messages", ASKED, "Content-Encoding: gzip"), 415),
+        case("a body in brotli", raw_post("/v1/messages", ASKED, "Content-Encoding: br"), 415),
+        case("no gzip", raw_post("/v1/messages", ASKED, "Content-Encoding: gzip"), 400),
+        case(
+            "two members of gzip",
+            raw_post("/v1/messages", GZIPPED_ASKED * 2, "Content-Encoding: gzip"),
+            400,
+        ),
+        case(
+            "a bomb",
+            raw_post("/v1/messages", zlib.compress(bytes(10_001)), "Content-Encoding: deflate"),
+            413,
+        ),
         # chunks
         *[
             case(f"chunks that go {coded[:20]!r}", chunked_post(coded), 400)
@@ -12251,10 +12394,24 @@ def test_request_that_is_malformed_is_refused_and_ends_the_connection(
     assert upstream.requests[before:] == []
 
 
-def test_tls_on_the_plain_port_is_named(served: Served) -> None:
-    with RawClient(served[0]) as client:
-        answer = client.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"a" * 300).answer()
-    assert json.loads(answer.body)["error"]["message"] == "this port speaks plain HTTP, not TLS"
+def test_other_protocol_is_answered_and_logged() -> None:
+    log = io.StringIO()
+    app = shim.App(ScriptedUpstream(), log=shim.Log(log))
+    tls = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"a" * 300
+    with shim.Server(app) as server:
+        for _ in range(2):
+            with RawClient(server) as client:
+                answer = client.send(tls).answer()
+    sentence = "this port speaks plain HTTP, not TLS: use http://"
+    assert json.loads(answer.body)["error"]["message"] == sentence
+    assert log.getvalue() == f"note: a request was refused: {sentence}\n"
+
+
+def test_coding_that_is_not_known_is_told_with_those_that_are(served: Served) -> None:
+    for path in ("/v1/messages", "/v1/chat/completions"):
+        with RawClient(served[0]) as client:
+            answer = client.send(raw_post(path, ASKED, "Content-Encoding: zstd")).answer()
+        assert (answer.status, answer.headers["accept-encoding"]) == (415, "gzip, deflate")
 
 
 @pytest.mark.parametrize(
@@ -12457,10 +12614,10 @@ KEYED = shim.ClientKeys({"ann": "s3cret"})
         case("a key beyond ASCII", ["X-Api-Key: s3cr\xe9t"], 401),
         case("no key, and a question whether to go on", ["Expect: 100-continue"], 401),
         case("no key, and a proxy's word", ["X-Forwarded-For: 127.0.0.1"], 401),
-        case("no key, and a compressed body", ["Content-Encoding: gzip"], 401),
+        case("no key, and a body in brotli", ["Content-Encoding: br"], 401),
         case("no key, and a foreign page", ["Origin: http://evil.example"], 403),
         case("a key, and a foreign page", ["X-Api-Key: s3cret", "Origin: http://e.example"], 403),
-        case("a key, and a compressed body", ["X-Api-Key: s3cret", "Content-Encoding: gzip"], 415),
+        case("a key, and a body in brotli", ["X-Api-Key: s3cret", "Content-Encoding: br"], 415),
         case("a key", ["authorization: bearer s3cret"], 200),
         case("a key as Azure's clients send it", ["api-key: s3cret"], 200),
     ],
