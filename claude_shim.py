@@ -218,6 +218,12 @@ class UnsupportedEncodingError(ProtocolError):
     status = 415
 
 
+class UnsupportedTypeError(RequestError):
+    """415: the body has a type that a form of any web page could have sent."""
+
+    status = 415
+
+
 class UpgradeRequiredError(RequestError):
     """426: no WebSocket here; Codex asks once and falls back to plain HTTP on this status."""
 
@@ -4619,6 +4625,7 @@ class Policy(NamedTuple):
     strict: bool = False  # a field without effect is a 400
     retries: RetryPolicy = RetryPolicy()
     live_models: bool = True
+    allowed_origins: FrozenSet[str] = frozenset()  # of web pages, as browsers write them
 
 
 class Form(NamedTuple):
@@ -5370,21 +5377,83 @@ def too_large(max_body: int) -> RequestTooLargeError:
     return RequestTooLargeError(f"the request body is over {max_body} bytes (--max-body)")
 
 
-def check_origin(head: Head, allowed_hosts: FrozenSet[str]) -> None:
+def check_origin(
+    head: Head, allowed_hosts: FrozenSet[str], allowed_origins: FrozenSet[str] = frozenset()
+) -> None:
     """Refuse what a web page could send: a foreign Host (DNS rebinding), Origin or fetch site.
 
-    Programs send no Origin; browsers do so with every request that crosses sites.
+    Programs send no Origin; browsers do so with every request that crosses sites. OPTIONS
+    only asks: it is answered, without permission.
     """
     host = host_name("".join(head.values("host")))
     if head.values("host") and host not in allowed_hosts and not is_loopback(host):
         message = f"the host {plain(host)} is not served here; add --allow-host {plain(host)}"
         raise ForbiddenError(message)
-    for origin in head.values("origin"):
-        name = host_name(origin.partition("://")[2]) if "://" in origin else ""
-        if name not in allowed_hosts and not is_loopback(name):
-            raise ForbiddenError("web pages of other sites may not call claude_shim")
-    if set(head.values("sec-fetch-site")) & {"cross-site", "same-site"}:
-        raise ForbiddenError("web pages of other sites may not call claude_shim")
+    origins = head.values("origin")
+    if head.method == "OPTIONS":
+        return
+    if not (origins and allowed_origins.issuperset(origins)):
+        names = [host_name(origin.partition("://")[2]) for origin in origins]
+        foreign = any(name not in allowed_hosts and not is_loopback(name) for name in names)
+        if foreign or {"cross-site", "same-site"}.intersection(head.values("sec-fetch-site")):
+            raise ForbiddenError(
+                "web pages of other sites may not call claude_shim; see --allow-origin"
+            )
+    if origins and head.method == "POST" and not _is_asked_for(head):
+        raise UnsupportedTypeError("a web page must send its body as application/json")
+
+
+def _is_asked_for(head: Head) -> bool:
+    """Whether no browser sends this POST before a preflight allowed it: a form cannot say these."""
+    type_ = "".join(head.values("content-type")).partition(";")[0].strip().lower()
+    return type_ == "application/json" or "anthropic-version" in head.fields
+
+
+# What a page of an allowed origin may send and read beyond what every page may.
+_SENT_BY_PAGES = re.compile(
+    r"(?:anthropic|openai|x-stainless)-[a-z0-9-]{1,50}"
+    r"|authorization|(?:x-)?api-key|x-claude-shim-key|x-request-id|idempotency-key|content-type|accept"
+)
+_RATE_LIMIT_KINDS = ("limit", "remaining", "reset")
+_READ_BY_PAGES = (
+    *("request-id", "x-request-id", "x-claude-shim-ignored", "x-claude-shim-estimate"),
+    *("retry-after", "retry-after-ms", "x-should-retry"),
+    *(
+        f"x-ratelimit-{kind}-{unit}"
+        for kind in _RATE_LIMIT_KINDS
+        for unit in ("requests", "tokens")
+    ),
+    *(
+        f"anthropic-ratelimit-{unit}-{kind}"
+        for unit in ("requests", "tokens", "input-tokens", "output-tokens")
+        for kind in _RATE_LIMIT_KINDS
+    ),
+)
+_EXPOSED = [("access-control-expose-headers", ", ".join(_READ_BY_PAGES))]
+
+
+def cross_origin_headers(head: Head, allowed_origins: FrozenSet[str]) -> HeaderList:
+    """Return what lets a page of an allowed origin read the answer, or ask first (Fetch, CORS).
+
+    Never for credentials of the browser: a page shows a client key, or none is needed.
+    """
+    if not allowed_origins:
+        return []
+    headers = [("vary", "Origin")]
+    origin = "".join(head.values("origin"))
+    if origin not in allowed_origins:
+        return headers
+    headers.append(("access-control-allow-origin", origin))
+    if head.method != "OPTIONS":
+        return headers + _EXPOSED
+    route = route_of(normalised_path(head.target))
+    asked = filter(_SENT_BY_PAGES.fullmatch, head.tokens("access-control-request-headers"))
+    return [
+        *headers,
+        ("access-control-allow-methods", ", ".join(route.methods if route else ())),
+        ("access-control-allow-headers", ", ".join(asked)),
+        ("access-control-max-age", "600"),
+    ]
 
 
 @functools.lru_cache(maxsize=64)
@@ -5471,10 +5540,10 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def _exchange(self, head: Head, request_id: str) -> None:
         """Answer the request whose head was read; `_served` says how it went."""
-        headers, served = head.headers(), self._served
+        headers, served, app = head.headers(), self._served, self.server.app
         try:
-            check_origin(head, self.server.allowed_hosts)
-            served["key_name"] = self.server.app.admit(head.method, head.target, headers)
+            check_origin(head, self.server.allowed_hosts, app.policy.allowed_origins)
+            served["key_name"] = app.admit(head.method, head.target, headers)
             framing = request_framing(head, self.server.limits.max_body)
             body = self._read_body(head, framing)
             body = decompressed(body, content_coding(head), self.server.limits.max_body)
@@ -5632,9 +5701,10 @@ class ClientConnection(socketserver.BaseRequestHandler):
         return "ok"
 
     def _ending(self, head: Head) -> HeaderList:
+        shared = cross_origin_headers(head, self.server.app.policy.allowed_origins)
         if not self._open:
-            return [("connection", "close")]
-        return [] if head.minor_version else [("connection", "keep-alive")]
+            return [*shared, ("connection", "close")]
+        return shared if head.minor_version else [*shared, ("connection", "keep-alive")]
 
     def _send_whole(self, head: Head, response: Response, request: Request) -> None:
         body = response.body if isinstance(response.body, bytes) else b""
@@ -5901,6 +5971,7 @@ class Settings(NamedTuple):
     api_key_file: str
     client_key_file: str
     allow_host: Tuple[str, ...]
+    allow_origin: Tuple[str, ...]
     alias: Dict[str, str]
     opus: str
     sonnet: str
@@ -5987,6 +6058,21 @@ def _names(text: str) -> Tuple[str, ...]:
     return tuple(name for name in re.split(r"[\s,]+", text) if name)
 
 
+_ORIGIN = re.compile(
+    r"(?!http:.*:80$|https:.*:443$)"
+    r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
+)
+
+
+def _origins(text: str) -> Tuple[str, ...]:
+    names = _names(text)
+    if not all(map(_ORIGIN.fullmatch, names)):
+        raise ValueError(
+            "expected an origin as browsers write it, such as https://app.example:8443"
+        )
+    return names
+
+
 def _aliases(text: str) -> Dict[str, str]:
     pairs = [pair.partition("=") for pair in _names(text)]
     if not all(name and target for name, _, target in pairs):
@@ -6069,6 +6155,14 @@ OPTIONS: Tuple[Option, ...] = (
     ),
     Option(
         "allow-host", _names, "", "further name that clients may use for this host", "NAME", True
+    ),
+    Option(
+        "allow-origin",
+        _origins,
+        "",
+        "web pages that may call, by origin, as in https://app.example",
+        "ORIGIN",
+        True,
     ),
     Option(
         "alias",
@@ -6307,6 +6401,7 @@ def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO)
         settings.strict,
         RetryPolicy(settings.retries),
         settings.upstream != "echo",
+        frozenset(settings.allow_origin),
     )
     added = [value for _, value in settings.upstream_header if len(value) >= 8]  # none is a word
     log = Log(log_to, [*credential.secrets(), *keys.secrets(), *added], settings.quiet)

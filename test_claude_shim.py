@@ -11938,6 +11938,33 @@ LOOPBACK = "localhost:8765"
         case("the same origin", {"host": LOOPBACK, "sec-fetch-site": "same-origin"}, True),
         case("another site", {"host": LOOPBACK, "sec-fetch-site": "cross-site"}, False),
         case("the same site", {"host": LOOPBACK, "sec-fetch-site": "same-site"}, False),
+        case("an allowed page", {"host": LOOPBACK, "origin": "https://app.example:8443"}, True),
+        case(
+            "an allowed page, as browsers say it",
+            {
+                "host": LOOPBACK,
+                "origin": "https://app.example:8443",
+                "sec-fetch-site": "cross-site",
+            },
+            True,
+        ),
+        case("an allowed page at another port", {"origin": "https://app.example"}, False),
+        case("an allowed page without TLS", {"origin": "http://app.example:8443"}, False),
+        case("an allowed page in capitals", {"origin": "https://APP.example:8443"}, False),
+        case("an allowed page, and more", {"origin": "https://app.example:8443.e.example"}, False),
+        case(
+            "an allowed page for a foreign name",
+            {"host": "evil.example", "origin": "https://app.example:8443"},
+            False,
+        ),
+        case(
+            "no word of an allowed page", {"host": LOOPBACK, "sec-fetch-site": "cross-site"}, False
+        ),
+        case(
+            "a proxy's word in the standard's form",
+            {"host": "evil.example", "forwarded": "host=localhost"},
+            False,
+        ),
         case(
             "a proxy's word, which counts for nothing",
             {"host": "evil.example", "x-forwarded-host": "localhost"},
@@ -11946,13 +11973,158 @@ LOOPBACK = "localhost:8765"
     ],
 )
 def test_origin_of_a_request_s2_b6(fields: Dict[str, str], allowed: bool) -> None:
-    head = shim.Head("POST", "/v1/messages", 1, {k: [v] for k, v in fields.items()})
-    names = frozenset({"127.0.0.1", "my.example"})
+    head = shim.Head("GET", "/v1/messages", 1, {k: [v] for k, v in fields.items()})
+    names, origins = frozenset({"127.0.0.1", "my.example"}), frozenset({"https://app.example:8443"})
     if allowed:
-        shim.check_origin(head, names)
+        shim.check_origin(head, names, origins)
     else:
         with pytest.raises(shim.ForbiddenError):
-            shim.check_origin(head, names)
+            shim.check_origin(head, names, origins)
+
+
+def test_one_allowed_origin_of_two_is_not_enough() -> None:
+    fields = {"host": [LOOPBACK], "origin": ["https://app.example", "https://evil.example"]}
+    with pytest.raises(shim.ForbiddenError):
+        shim.check_origin(
+            shim.Head("GET", "/", 1, fields), frozenset(), frozenset({"https://app.example"})
+        )
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://app.example"])
+@pytest.mark.parametrize(
+    ("fields", "allowed"),
+    [
+        case("JSON", {"content-type": "application/json"}, True),
+        case("JSON with a charset", {"content-type": "Application/JSON; charset=utf-8"}, True),
+        case("a field that no form can send", {"anthropic-version": "2023-06-01"}, True),
+        case("no type", {}, False),
+        case("plain text", {"content-type": "text/plain"}, False),
+        case("JSON as plain text", {"content-type": "text/plain; application/json"}, False),
+        case("a form", {"content-type": "application/x-www-form-urlencoded"}, False),
+        case("a form with files", {"content-type": "multipart/form-data; boundary=x"}, False),
+        case("a longer word", {"content-type": "application/jsonx"}, False),
+    ],
+)
+def test_form_of_a_page_is_refused(fields: Dict[str, str], allowed: bool, origin: str) -> None:
+    given = {"host": LOOPBACK, "origin": origin, **fields}
+    head = shim.Head("POST", "/v1/messages", 1, {k: [v] for k, v in given.items()})
+    if allowed:
+        shim.check_origin(head, frozenset(), frozenset({"https://app.example"}))
+    else:
+        with pytest.raises(shim.UnsupportedTypeError):
+            shim.check_origin(head, frozenset(), frozenset({"https://app.example"}))
+
+
+def test_program_may_send_any_type() -> None:
+    fields = {"host": [LOOPBACK], "content-type": ["application/x-www-form-urlencoded"]}
+    shim.check_origin(shim.Head("POST", "/v1/messages", 1, fields), frozenset())
+
+
+READ_BY_PAGES = (
+    "request-id, x-request-id, x-claude-shim-ignored, x-claude-shim-estimate, "
+    "retry-after, retry-after-ms, x-should-retry, "
+    "x-ratelimit-limit-requests, x-ratelimit-limit-tokens, "
+    "x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
+    "x-ratelimit-reset-requests, x-ratelimit-reset-tokens, "
+    "anthropic-ratelimit-requests-limit, anthropic-ratelimit-requests-remaining, "
+    "anthropic-ratelimit-requests-reset, "
+    "anthropic-ratelimit-tokens-limit, anthropic-ratelimit-tokens-remaining, "
+    "anthropic-ratelimit-tokens-reset, "
+    "anthropic-ratelimit-input-tokens-limit, anthropic-ratelimit-input-tokens-remaining, "
+    "anthropic-ratelimit-input-tokens-reset, "
+    "anthropic-ratelimit-output-tokens-limit, anthropic-ratelimit-output-tokens-remaining, "
+    "anthropic-ratelimit-output-tokens-reset"
+)
+APP_ORIGIN = "https://app.example"
+
+
+@pytest.mark.parametrize(
+    ("line", "origin", "asked", "expected"),
+    [
+        case("a program", "POST /v1/messages", None, "", {}),
+        case("a foreign page", "POST /v1/messages", "https://evil.example", "", {}),
+        case("a preflight of a foreign page", "OPTIONS /", "https://evil.example", "accept", {}),
+        case("no origin", "GET /", "null", "", {}),
+        case(
+            "an allowed page",
+            "POST /v1/messages",
+            APP_ORIGIN,
+            "",
+            {"allow-origin": APP_ORIGIN, "expose-headers": READ_BY_PAGES},
+        ),
+        case(
+            "a preflight as the SDKs cause it",
+            "OPTIONS /v1/models?limit=1",
+            APP_ORIGIN,
+            "authorization, Content-Type,x-stainless-retry-count, anthropic-version",
+            {
+                "allow-origin": APP_ORIGIN,
+                "allow-methods": "GET, HEAD",
+                "allow-headers": (
+                    "authorization, content-type, x-stainless-retry-count, anthropic-version"
+                ),
+                "max-age": "600",
+            },
+        ),
+        case(
+            "a preflight that asks for more than there is",
+            "OPTIONS /v1/messages",
+            APP_ORIGIN,
+            "x-api-key, cookie, x-<script>, anthropic-<b>, *, x-forwarded-for",
+            {
+                "allow-origin": APP_ORIGIN,
+                "allow-methods": "POST",
+                "allow-headers": "x-api-key",
+                "max-age": "600",
+            },
+        ),
+        case(
+            "a preflight for what does not exist",
+            "OPTIONS /unknown",
+            APP_ORIGIN,
+            "",
+            {
+                "allow-origin": APP_ORIGIN,
+                "allow-methods": "",
+                "allow-headers": "",
+                "max-age": "600",
+            },
+        ),
+    ],
+)
+def test_page_is_told_what_it_may(
+    line: str, origin: Optional[str], asked: str, expected: Dict[str, str]
+) -> None:
+    method, target = line.split(" ")
+    fields = {"origin": [origin]} if origin else {}
+    head = shim.Head(method, target, 1, {**fields, "access-control-request-headers": [asked]})
+    assert shim.cross_origin_headers(head, frozenset()) == []
+    told = shim.cross_origin_headers(head, frozenset({APP_ORIGIN, "https://other.example"}))
+    assert dict(told) == {
+        "vary": "Origin",
+        **{f"access-control-{name}": value for name, value in expected.items()},
+    }
+
+
+def test_page_of_an_allowed_origin_reads_every_answer() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS), allowed_origins=frozenset({APP_ORIGIN}))
+    page = (f"Origin: {APP_ORIGIN}", "Sec-Fetch-Site: cross-site", "Content-Type: application/json")
+    with shim.Server(app) as server, RawClient(server) as client:
+        for raw, status in (
+            (raw_post("/v1/messages", ASKED, *page), 200),
+            (raw_post("/v1/chat/completions", {**ASKED, "stream": True}, *page), 200),
+            (raw_post("/v1/chat/completions", ASKED, *page), 200),
+            (raw_post("/v1/chat/completions", {}, *page), 400),
+            (raw_request("GET /unknown HTTP/1.1", *page), 404),
+            (raw_request("OPTIONS /v1/messages HTTP/1.1", *page), 204),
+        ):
+            answer = client.send(raw).answer()
+            assert (answer.status, answer.headers["access-control-allow-origin"]) == (
+                status,
+                APP_ORIGIN,
+            )
+            assert answer.headers["vary"] == "Origin"
+            assert "access-control-allow-credentials" not in answer.headers
 
 
 def test_refused_host_is_told_what_to_do() -> None:
@@ -12177,7 +12349,11 @@ def chunked_post(coded: bytes, *fields: str, path: str = "/v1/messages") -> byte
         case("a line as long as allowed", raw_post("/v1/messages?" + "a" * 973, ASKED)),
         case("a field as long as allowed", raw_post("/v1/messages", ASKED, "X: " + "a" * 997)),
         case(
-            "a page of this machine", raw_post("/v1/messages", ASKED, "Origin: http://localhost:1")
+            "a page of this machine",
+            raw_post(
+                *("/v1/messages", ASKED),
+                *("Origin: http://localhost:1", "Content-Type: application/json"),
+            ),
         ),
     ],
 )
@@ -12474,7 +12650,19 @@ def test_unread_body_of_a_refused_request_is_never_taken_for_a_request(
         case(
             "a preflight of a foreign page",
             raw_request("OPTIONS /v1/messages HTTP/1.1", "Origin: http://evil.example"),
+            204,
+            "POST, OPTIONS",
+        ),
+        case(
+            "a preflight for a foreign Host",
+            raw_request("OPTIONS /v1/messages HTTP/1.1", host="Host: e.example"),
             403,
+            None,
+        ),
+        case(
+            "a form of a page of this machine",
+            raw_request("POST /v1/messages HTTP/1.1", "Origin: http://localhost:3000"),
+            415,
             None,
         ),
         case("a body that is no JSON", raw_post("/v1/messages", b"{"), 400, None),
@@ -13344,6 +13532,7 @@ def test_settings_without_any() -> None:
         "api_key_file": "",
         "client_key_file": "",
         "allow_host": (),
+        "allow_origin": (),
         "alias": {},
         "opus": "",
         "sonnet": "",
@@ -13396,6 +13585,18 @@ PARSED = [
         ["--allow-host", "a.example", "--allow-host", "b.example,c.example"],
         "allow_host",
         ("a.example", "b.example", "c.example"),
+    ),
+    case(
+        "origins of all kinds",
+        [
+            *("--allow-origin", "https://app.example https://app.example:8443"),
+            *("--allow-origin", "app://obsidian.md,http://[::1]:3000"),
+        ],
+        "allow_origin",
+        (
+            *("https://app.example", "https://app.example:8443"),
+            *("app://obsidian.md", "http://[::1]:3000"),
+        ),
     ),
     case(
         "several aliases",
@@ -13469,6 +13670,20 @@ BAD_SETTINGS = [
         {"argv": ["--retries", "-1"]},
         "--retries: expected a whole number, got '-1'",
     ),
+    *[
+        case(
+            f"an origin of {origin!r}",
+            {"argv": ["--allow-origin", origin]},
+            "--allow-origin: expected an origin as browsers write it, "
+            f"such as https://app.example:8443, got {origin!r}",
+        )
+        for origin in (
+            *("*", "null", "https://*.example", "app.example", "https://", "file://"),
+            *("https://app.example/", "https://app.example/x", "https://app.example?x"),
+            *("HTTPS://app.example", "https://App.example", "https://u@app.example"),
+            *("http://app.example:80", "https://app.example:443", "https://app.example:"),
+        )
+    ],
     case(
         "an alias",
         {"argv": ["--alias", "gpt-4o"]},
