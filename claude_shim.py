@@ -4852,7 +4852,7 @@ class App:
             kept = [*openai_headers(headers, time.time()), ("content-type", "application/json")]
             kept += [(k, v) for k, v in headers if k in _OWN_HEADERS]
             kept += [("x-request-id", v) for k, v in headers if k == "request-id"]
-        return Response(status, kept, dumps(body))
+        return Response(status, kept, dumps(body).replace(b"<", b"\\u003c"))  # it may quote markup
 
     # --- OpenAI's completions
 
@@ -5477,18 +5477,21 @@ def _http_date(second: int) -> str:
 def response_head(status: int, headers: HeaderList, second: int) -> bytes:
     """Return the bytes of a response head; control characters in values become spaces."""
     phrase = _PHRASES.get(status, "Unknown")
-    fields = [
-        ("date", _http_date(second)),
-        ("x-content-type-options", "nosniff"),
-        ("cache-control", "no-store"),
-        *headers,
-    ]
+    fields = [("date", _http_date(second)), *_FOR_BROWSERS, *headers]
     if _UNSAFE_VALUE.search("".join([value for _, value in fields])):
         fields = [(name, _UNSAFE_VALUE.sub(" ", value)) for name, value in fields]
     lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
     return f"HTTP/1.1 {status} {phrase}\r\n{lines}\r\n".encode("latin-1", "replace")
 
 
+# An answer that a browser shows after all is no page: it is not guessed to be one, runs and loads
+# nothing, is in no frame (X-Frame-Options says less), in no foreign page, and is not kept.
+_FOR_BROWSERS = [
+    ("x-content-type-options", "nosniff"),
+    ("cache-control", "no-store"),
+    ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
+    ("cross-origin-resource-policy", "same-origin"),
+]
 _PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
 _UNSAFE_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 

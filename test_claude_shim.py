@@ -12156,7 +12156,9 @@ def test_response_head_as_clients_get_it(status: int, headers: Any, expected: An
     first, own = expected
     assert shim.response_head(status, headers, 784111777) == (
         first + b"\r\ndate: Sun, 06 Nov 1994 08:49:37 GMT\r\nx-content-type-options: nosniff\r\n"
-        b"cache-control: no-store\r\n" + own + b"\r\n"
+        b"cache-control: no-store\r\n"
+        b"content-security-policy: default-src 'none'; frame-ancestors 'none'\r\n"
+        b"cross-origin-resource-policy: same-origin\r\n" + own + b"\r\n"
     )
 
 
@@ -12789,6 +12791,40 @@ def test_client_that_asks_whether_to_go_on_is_refused_at_once(
     with RawClient(served[0]) as client:
         answer = client.send(raw_request("POST /v1/messages HTTP/1.1", *fields)).answer()
     assert answer.status == status
+
+
+MARKUP = "<script>alert(1)</script>"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        case("a path", raw_request(f"GET /{MARKUP} HTTP/1.1")),
+        case("a path of a model", raw_request(f"GET /v1/models/{MARKUP} HTTP/1.1")),
+        case("a method", raw_request("G<b> / HTTP/1.1")),
+        case("a Host", raw_request("GET / HTTP/1.1", host=f"Host: {MARKUP}")),
+        case("an Origin", raw_request("GET / HTTP/1.1", f"Origin: http://{MARKUP}")),
+        case("a request id", raw_request("GET /unknown HTTP/1.1", f"X-Request-Id: {MARKUP}")),
+        case("a coding", raw_post("/v1/messages", ASKED, f"Content-Encoding: {MARKUP}")),
+        case("a model", raw_post("/v1/messages", {**ASKED, "model": MARKUP})),
+        case("a model for OpenAI", raw_post("/v1/chat/completions", {**ASKED, "model": MARKUP})),
+        case("a value", raw_post("/v1/chat/completions", {**ASKED, "tool_choice": MARKUP})),
+        case("a body", raw_post("/v1/chat/completions", MARKUP.encode())),
+    ],
+)
+def test_what_a_client_sent_is_never_markup_in_an_answer(raw: bytes, served: Served) -> None:
+    with RawClient(served[0]) as client:
+        head = client.send(raw).until(b"\r\n\r\n")
+        body = client.exactly(int(re.findall(rb"content-length: (\d+)", head)[0]))
+    assert b"<" not in head + body
+    assert json.loads(body)["error"]["message"]
+    for field in (
+        b"content-type: application/json",
+        b"x-content-type-options: nosniff",
+        b"content-security-policy: default-src 'none'; frame-ancestors 'none'",
+        b"cache-control: no-store",
+    ):
+        assert field in head.split(b"\r\n")
 
 
 KEYED = shim.ClientKeys({"ann": "s3cret"})
