@@ -4273,22 +4273,30 @@ class EchoUpstream(Upstream):
         """Return the echo's answer, an error body included."""
         path = request.path.partition("?")[0]
         if path == "/v1/messages" and request.method == "POST":
-            return self._message(loads_object(request.body))
+            return self._message(self._checked(request.body))
         if path == "/v1/messages/count_tokens" and request.method == "POST":
-            return self._json(200, {"input_tokens": echo_tokens(loads_object(request.body))})
+            return self._json(200, {"input_tokens": echo_tokens(self._checked(request.body))})
         if path == "/v1/models":
             return self._json(200, {"data": [], "has_more": False})
         return self._error(404, "the echo has messages and nothing else")
 
-    def _message(self, body: JSON) -> UpstreamResponse:
+    @staticmethod
+    def _checked(raw: bytes) -> JSON:
+        """The body, if the real one would take its form."""
+        body = loads_object(raw)
+        as_boolean(body.get("stream", False), "stream")
         for field in ("thinking", "output_config", "tool_choice"):
             as_object(body.get(field) or {}, field)
         for number, message in enumerate(as_list(body.get("messages"), "messages")):
-            content = as_object(message, f"messages.{number}").get("content") or ""
+            content = as_object(message, f"messages.{number}").get("content")
+            as_text(message.get("role"), f"messages.{number}.role")
             if not isinstance(content, str):
                 as_list(content, f"messages.{number}.content")
         for number, tool in enumerate(as_list(body.get("tools") or [], "tools")):
             as_text(as_object(tool, f"tools.{number}").get("name"), f"tools.{number}.name")
+        return body
+
+    def _message(self, body: JSON) -> UpstreamResponse:
         wanted = ECHO_ERROR.search(echo_text(body))
         if wanted:
             return self._error(int(wanted.group(1)), "you asked for this error")
@@ -4682,6 +4690,7 @@ ROUTES: Tuple[Route, ...] = (
     Route(_READ, "/v1/chat/models", "models", "the same"),
     Route(_READ, "/v1/models/{id}", "model", "one model, by id or alias"),
     Route(("GET",), "/v1/responses", "responses", "426 for a WebSocket; the rest is not there yet"),
+    Route(_READ, "/openapi.json", "openapi", "this table as an OpenAPI 3.1 description"),
     Route(_READ, "/", "health", "is it up", True),
     Route(_READ, "/v1", "health", "is it up", True),
     Route(_READ, "/health", "health", "is it up; `?deep=1`: is the credential taken", True),
@@ -4771,6 +4780,142 @@ def duration(until: str, now: float) -> str:
     return f"{minutes}m{rest}s" if minutes else f"{rest}s"
 
 
+# --- the description of the endpoints
+
+
+def _object_schema(required: Sequence[str], **properties: JSON) -> JSON:
+    return {"type": "object", "required": list(required), "properties": properties}
+
+
+_MODEL_SCHEMA: JSON = {
+    "type": "string",
+    "description": "a Claude id, opus, sonnet, haiku or an alias",
+    "examples": ["sonnet"],
+}
+_STREAM_SCHEMA: JSON = {"type": ["boolean", "null"], "default": False}
+_TEXT_SCHEMA: JSON = {"type": "string", "pattern": "\\S"}
+_CHAT_MESSAGE = _object_schema(
+    ("role", "content"),
+    role={"enum": ["developer", "system", "user", "assistant"]},
+    content={**_TEXT_SCHEMA, "description": "or parts, as OpenAI and Anthropic describe them"},
+)
+_MESSAGE = _object_schema(
+    ("role", "content"),
+    role={"type": "string", "examples": ["user"]},
+    content={"type": ["string", "array"]},
+)
+
+# Endpoint -> what the body of a POST cannot do without; all else that is taken is in the README.
+REQUEST_SCHEMAS: Dict[str, JSON] = {
+    "chat_completions": _object_schema(
+        ("model", "messages"),
+        model=_MODEL_SCHEMA,
+        messages={
+            "type": "array",
+            "items": _CHAT_MESSAGE,
+            "contains": {"properties": {"role": {"enum": ["user", "assistant"]}}},
+        },
+        stream=_STREAM_SCHEMA,
+    ),
+    "completions": _object_schema(
+        ("model", "prompt"), model=_MODEL_SCHEMA, prompt=_TEXT_SCHEMA, stream=_STREAM_SCHEMA
+    ),
+    "responses": _object_schema(
+        ("model", "input"), model=_MODEL_SCHEMA, input=_TEXT_SCHEMA, stream=_STREAM_SCHEMA
+    ),
+    "messages": _object_schema(
+        ("model", "messages"),
+        model=_MODEL_SCHEMA,
+        messages={"type": "array", "items": _MESSAGE, "minItems": 1},
+        stream={"type": "boolean", "default": False},
+    ),
+    "count_tokens": _object_schema(
+        ("model", "messages"),
+        model=_MODEL_SCHEMA,
+        messages={"type": "array", "items": _MESSAGE},
+    ),
+}
+_JSON_CONTENT: JSON = {"application/json": {"schema": {"type": "object"}}}
+_ANY_CONTENT: JSON = {"*/*": {}}
+
+_ANY_TEXT: JSON = {"type": "string"}
+_TEXT_OR_NULL: JSON = {"type": ["string", "null"]}
+_ERRORS: Dict[str, JSON] = {
+    "OpenAIError": _object_schema(
+        ("error",),
+        error=_object_schema(
+            ("message", "type", "param", "code"),
+            message=_ANY_TEXT,
+            type=_ANY_TEXT,
+            param=_TEXT_OR_NULL,
+            code=_TEXT_OR_NULL,
+        ),
+    ),
+    "AnthropicError": _object_schema(
+        ("type", "error"),
+        type={"const": "error"},
+        error=_object_schema(("type", "message"), type=_ANY_TEXT, message=_ANY_TEXT),
+        request_id=_ANY_TEXT,
+    ),
+}
+_ANY_ERROR: JSON = {"anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in _ERRORS]}
+_COMPONENTS: JSON = {
+    "schemas": _ERRORS,
+    "responses": {
+        "Error": {
+            "description": "what went wrong, in the dialect of the path, or of anthropic-version",
+            "content": {"application/json": {"schema": _ANY_ERROR}},
+        }
+    },
+    "securitySchemes": {
+        "Authorization": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        "api-key": {"type": "apiKey", "in": "header", "name": "api-key"},
+    },
+}
+
+
+def openapi_description(routes: Sequence[Route], keyed: bool) -> JSON:
+    """Return the OpenAPI 3.1 description of `routes`; `keyed`: clients must show a key."""
+    paths: JSON = {}
+    for route in routes:
+        exact, below, _ = route.path.partition("[/...]")
+        for path in (exact, f"{exact}/{{rest}}") if below else (exact,):
+            paths[path] = {method.lower(): _operation(route, method) for method in route.methods}
+            names = re.findall(r"{(\w+)}", path)
+            if names:
+                schema = {"in": "path", "required": True, "schema": {"type": "string"}}
+                paths[path]["parameters"] = [{"name": name, **schema} for name in names]
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "claude_shim", "version": __version__},
+        "security": [{name: []} for name in _COMPONENTS["securitySchemes"]] if keyed else [],
+        "paths": paths,
+        "components": _COMPONENTS,
+    }
+
+
+def _operation(route: Route, method: str) -> JSON:
+    relayed = route.endpoint in ("relay", "files")
+    body = REQUEST_SCHEMAS.get(route.endpoint) if method == "POST" else None
+    content = _ANY_CONTENT if relayed else _JSON_CONTENT
+    if body and "stream" in body["properties"]:
+        content = {**content, "text/event-stream": {}}
+    operation: JSON = {
+        "summary": route.summary,
+        "responses": {
+            "200": {"description": "the answer", "content": content},
+            "default": {"$ref": "#/components/responses/Error"},
+        },
+    }
+    if body:
+        described = {"required": True, "content": {"application/json": {"schema": body}}}
+        operation["requestBody"] = described
+    elif method == "POST":
+        operation["requestBody"] = {"content": _ANY_CONTENT}
+    return {**operation, "security": []} if route.open else operation
+
+
 class App:
     """Answers requests: `admit` before the body is read, `respond` after."""
 
@@ -4809,7 +4954,7 @@ class App:
         if route is None:
             raise NotFoundError(f"{plain(method)} {plain(path)} is not supported by claude_shim")
         if method not in route.methods:
-            if path == "/v1/responses":
+            if path == "/v1/responses" and method == "POST":
                 raise NotFoundError("POST /v1/responses is not supported by claude_shim yet")
             allow = ", ".join(route.methods)
             message = f"{plain(path)} takes {allow}, not {plain(method)}"
@@ -5107,6 +5252,10 @@ class App:
         entries = {entry["id"]: entry for entry in self.catalogue.entries()}
         entry = entries.get(id) or model_entry(self.catalogue.model(id), {})
         return json_response(200, entry)
+
+    def openapi(self, request: Request) -> Response:
+        """GET /openapi.json."""
+        return json_response(200, openapi_description(ROUTES, bool(self.policy.client_keys)))
 
     def health(self, request: Request) -> Response:
         """GET / and /health; with ?deep=1 also whether upstream takes the credential."""

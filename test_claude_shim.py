@@ -11707,6 +11707,89 @@ def test_deep_health_asks_upstream_once_a_minute(
     assert [request.path for request in upstream.requests] == ["/v1/models?limit=1"]
 
 
+def described(keyed: bool = False) -> JSON:
+    """The description as it goes over the wire."""
+    return json.loads(shim.dumps(shim.openapi_description(shim.ROUTES, keyed)))
+
+
+def test_description_has_every_route_and_nothing_else() -> None:
+    routes = (
+        shim.Route(("POST",), "/v1/messages", "messages", "asks"),
+        shim.Route(("GET", "HEAD"), "/v1/models/{id}", "model", "one model"),
+        shim.Route(("GET", "DELETE"), "/v1/skills[/...]", "relay", "skills"),
+    )
+    paths = shim.openapi_description(routes, False)["paths"]
+    assert {path: sorted(entry) for path, entry in paths.items()} == {
+        "/v1/messages": ["post"],
+        "/v1/models/{id}": ["get", "head", "parameters"],
+        "/v1/skills": ["delete", "get"],
+        "/v1/skills/{rest}": ["delete", "get", "parameters"],
+    }
+    assert paths["/v1/models/{id}"]["parameters"] == [
+        {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    ]
+    assert paths["/v1/skills/{rest}"]["parameters"][0]["name"] == "rest"
+
+
+def test_description_of_a_call_says_what_goes_in_and_what_comes_out() -> None:
+    operation = described()["paths"]["/v1/chat/completions"]["post"]
+    assert operation["summary"] == "OpenAI chat, streamed or not"
+    assert operation["requestBody"]["required"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert (schema["type"], schema["required"]) == ("object", ["model", "messages"])
+    assert sorted(operation["responses"]["200"]["content"]) == [
+        "application/json",
+        "text/event-stream",
+    ]
+    assert operation["responses"]["default"] == {"$ref": "#/components/responses/Error"}
+    assert sorted(described()["components"]["schemas"]) == ["AnthropicError", "OpenAIError"]
+
+
+def test_description_knows_the_body_of_every_post() -> None:
+    posts = {route.endpoint for route in shim.ROUTES if "POST" in route.methods}
+    assert posts - {"relay", "files"} <= set(shim.REQUEST_SCHEMAS)
+    assert set(shim.REQUEST_SCHEMAS) <= {route.endpoint for route in shim.ROUTES}
+
+
+def test_description_refers_to_nothing_that_is_missing() -> None:
+    document = described()
+    references = set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document)))
+    assert len(references) == 3
+    for reference in references:
+        found = document
+        for name in reference.split("/"):
+            found = found[name]
+        assert found
+
+
+def test_description_says_which_key_is_wanted_and_where_none_is() -> None:
+    keyed, open_ = described(keyed=True), described()
+    assert keyed["security"] == [{"Authorization": []}, {"x-api-key": []}, {"api-key": []}]
+    assert open_["security"] == []
+    assert keyed["paths"]["/health"]["get"]["security"] == []
+    assert "security" not in keyed["paths"]["/v1/messages"]["post"]
+
+
+def test_description_wants_the_client_key_like_what_it_describes() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS), client_keys=shim.ClientKeys({"ann": "s3cret"}))
+    with pytest.raises(shim.AuthenticationError):
+        app.admit("GET", "/openapi.json", {})
+    assert app.admit("GET", "/openapi.json", {"x-api-key": "s3cret"}) == "ann"
+    document = answered(app.respond(shim.Request("GET", "/openapi.json", {})))
+    assert (document["openapi"], len(document["security"])) == ("3.1.0", 3)
+    assert document["info"] == {"title": "claude_shim", "version": shim.__version__}
+
+
+def test_errors_are_as_described() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    schemas = described()["components"]["schemas"]
+    for path, name in (("/v1/chat/completions", "OpenAIError"), ("/v1/messages", "AnthropicError")):
+        body = answered(ask(app, path, {}))
+        assert set(schemas[name]["required"]) <= set(body) <= set(schemas[name]["properties"])
+        error = schemas[name]["properties"]["error"]
+        assert sorted(body["error"]) == sorted(error["required"])
+
+
 def test_websocket_is_refused_so_that_codex_falls_back() -> None:
     app, _ = app_on(FINE)
     response = fetch(app, "/v1/responses", upgrade="websocket")
