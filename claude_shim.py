@@ -849,8 +849,10 @@ _MAX_TRAILER = 16 << 10
 
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]{0,10}(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
 _CHUNK_START = re.compile(rb"(?:[0-9A-Fa-f]{1,8}[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?")
+# Trailers that would frame or route are a trap (RFC 9110 6.5.1); the others are not used.
 _TRAILERS = re.compile(
-    rb"(?:(?=[^\n]{1,1023}\n)[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n){0,64}"
+    rb"(?:(?=[^\n]{1,1023}\n)(?!(?i:content-length|transfer-encoding|host):)"
+    rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n){0,64}"
 )
 
 
@@ -5451,6 +5453,8 @@ def parsed_head(head: bytes) -> Head:
     grouped: Dict[str, List[str]] = {}
     for name, value in fields:
         grouped.setdefault(name, []).append(value)
+    if len(grouped.get("content-type", ())) > 1:
+        raise ProtocolError("expected one Content-Type header")
     return _with_authority(Head(method, target, int(version[-1]), grouped))
 
 

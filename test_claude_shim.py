@@ -1906,6 +1906,10 @@ def test_chunked_body_hands_out_an_unfinished_chunk() -> None:
         case("an extension without a semicolon", b"3 a=b\r\nabc\r\n"),
         case("65 trailers", b"0\r\n" + b"A: b\r\n" * 65 + b"\r\n"),
         case("a trailer of more than 1 KiB", b"0\r\nA: " + b"b" * 1021 + b"\r\n\r\n"),
+        *[
+            case(f"a trailer {name.decode()}", b"0\r\nA: b\r\n" + name + b": 5\r\n\r\n")
+            for name in (b"Content-Length", b"transfer-encoding", b"HOST")
+        ],
         case("a folded trailer", b"0\r\nA: b\r\n c\r\n\r\n"),
         case("a bare CR in a trailer", b"0\r\nA: b\rC: d\r\n\r\n"),
         case("a bare LF between trailers", b"0\r\nA: b\nC: d\r\n\r\n"),
@@ -12406,7 +12410,7 @@ def chunked_post(coded: bytes, *fields: str, path: str = "/v1/messages") -> byte
         ),
         case(
             "trailers, which do not become header fields",
-            chunked_post(in_chunks(ASKED_BYTES) + b"0\r\nX-A: 1\r\nContent-Length: 5\r\n\r\n"),
+            chunked_post(in_chunks(ASKED_BYTES) + b"0\r\nX-A: 1\r\nContent-Type: b\r\n\r\n"),
         ),
         case(
             "chunked in other letters",
@@ -12533,6 +12537,11 @@ def test_request_that_ends_early_is_not_asked_of_upstream(served: Served) -> Non
         ),
         # Host
         case("no Host", raw_request("GET / HTTP/1.1", host=""), 400),
+        case(
+            "two types of the body",
+            raw_post("/v1/messages", ASKED, "Content-Type: a/b", "Content-Type: application/json"),
+            400,
+        ),
         case("two Hosts", raw_request("GET / HTTP/1.1", "Host: localhost"), 400),
         case("an empty Host", raw_request("GET / HTTP/1.1", host="Host:"), 400),
         # the length of the body
