@@ -4635,7 +4635,7 @@ class Policy(NamedTuple):
     strict: bool = False  # a field without effect is a 400
     retries: RetryPolicy = RetryPolicy()
     live_models: bool = True
-    allowed_origins: FrozenSet[str] = frozenset()  # of web pages, as browsers write them
+    allowed_origins: FrozenSet[str] = frozenset()  # of web pages that may call
 
 
 class Form(NamedTuple):
@@ -4692,13 +4692,13 @@ ROUTES: Tuple[Route, ...] = (
     Route(_READ, "/v1/chat/models", "models", "the same"),
     Route(_READ, "/v1/models/{id}", "model", "one model, by id or alias"),
     Route(("GET",), "/v1/responses", "responses", "426 for a WebSocket; the rest is not there yet"),
-    Route(_READ, "/openapi.json", "openapi", "this table as an OpenAPI 3.1 description"),
     Route(_READ, "/", "health", "is it up", True),
     Route(_READ, "/v1", "health", "is it up", True),
     Route(_READ, "/health", "health", "is it up; `?deep=1`: is the credential taken", True),
     Route(_READ, "/healthz", "health", "is it up", True),
     Route(_READ, "/ping", "health", "is it up", True),
     Route(_READ, "/version", "health", "is it up", True),
+    Route(_READ, "/openapi.json", "openapi", "this table as an OpenAPI 3.1 description"),
 )
 
 _PREFIXES = re.compile(
@@ -4747,13 +4747,13 @@ def speaks_anthropic(path: str, headers: Dict[str, str]) -> bool:
     return not openai and "anthropic-version" in headers
 
 
+_OWN_HEADERS = ("allow", "accept-encoding")  # of errors that are ours: what would be taken instead
 _RELAYED_TO_UPSTREAM = re.compile(
     r"anthropic-.*|x-stainless-.*|x-claude-code-.*|x-app|user-agent|accept|content-type|idempotency-key"
 )
 _RELAYED_TO_CLIENT = re.compile(
     r"anthropic-.*|request-id|retry-after|retry-after-ms|x-should-retry|content-type|content-disposition"
 )
-_OWN_HEADERS = ("allow", "accept-encoding")  # of errors that are ours: what would be taken instead
 _RATE_LIMITS = re.compile(r"anthropic-ratelimit-(requests|tokens)-(limit|remaining|reset)")
 
 
@@ -4956,7 +4956,7 @@ class App:
         if route is None:
             raise NotFoundError(f"{plain(method)} {plain(path)} is not supported by claude_shim")
         if method not in route.methods:
-            if path == "/v1/responses" and method == "POST":
+            if path == "/v1/responses":
                 raise NotFoundError("POST /v1/responses is not supported by claude_shim yet")
             allow = ", ".join(route.methods)
             message = f"{plain(path)} takes {allow}, not {plain(method)}"
@@ -6557,7 +6557,7 @@ def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO)
         settings.strict,
         RetryPolicy(settings.retries),
         settings.upstream != "echo",
-        frozenset(settings.allow_origin),
+        allowed_origins=frozenset(settings.allow_origin),
     )
     added = [value for _, value in settings.upstream_header if len(value) >= 8]  # none is a word
     log = Log(log_to, [*credential.secrets(), *keys.secrets(), *added], settings.quiet)
