@@ -4789,13 +4789,14 @@ def _object_schema(required: Sequence[str], **properties: JSON) -> JSON:
     return {"type": "object", "required": list(required), "properties": properties}
 
 
+_ANY_TEXT: JSON = {"type": "string"}
+_TEXT_SCHEMA: JSON = {"type": "string", "pattern": "\\S"}
+_STREAM_SCHEMA: JSON = {"type": ["boolean", "null"], "default": False}
 _MODEL_SCHEMA: JSON = {
     "type": "string",
     "description": "a Claude id, opus, sonnet, haiku or an alias",
     "examples": ["sonnet"],
 }
-_STREAM_SCHEMA: JSON = {"type": ["boolean", "null"], "default": False}
-_TEXT_SCHEMA: JSON = {"type": "string", "pattern": "\\S"}
 _CHAT_MESSAGE = _object_schema(
     ("role", "content"),
     role={"enum": ["developer", "system", "user", "assistant"]},
@@ -4840,7 +4841,6 @@ REQUEST_SCHEMAS: Dict[str, JSON] = {
 _JSON_CONTENT: JSON = {"application/json": {"schema": {"type": "object"}}}
 _ANY_CONTENT: JSON = {"*/*": {}}
 
-_ANY_TEXT: JSON = {"type": "string"}
 _TEXT_OR_NULL: JSON = {"type": ["string", "null"]}
 _ERRORS: Dict[str, JSON] = {
     "OpenAIError": _object_schema(
