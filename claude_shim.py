@@ -4824,7 +4824,10 @@ REQUEST_SCHEMAS: Dict[str, JSON] = {
         ("model", "prompt"), model=_MODEL_SCHEMA, prompt=_TEXT_SCHEMA, stream=_STREAM_SCHEMA
     ),
     "responses": _object_schema(
-        ("model", "input"), model=_MODEL_SCHEMA, input=_TEXT_SCHEMA, stream=_STREAM_SCHEMA
+        ("model", "input"),
+        model={**_MODEL_SCHEMA, "pattern": "^(claude-.|opus$|sonnet$|haiku$)"},  # or it is a 400
+        input=_TEXT_SCHEMA,
+        stream=_STREAM_SCHEMA,
     ),
     "messages": _object_schema(
         ("model", "messages"),
