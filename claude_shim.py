@@ -424,7 +424,9 @@ def loads_object(body: bytes) -> JSON:
         value = loads(body)
     except ValueError as error:
         reason = (
-            "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"is not JSON: {error}"
+            "is not UTF-8"
+            if isinstance(error, UnicodeDecodeError)
+            else f"cannot be read as JSON: {error}"
         )
         raise RequestError(f"the request body {reason}") from None
     return as_object(value, "the request body")

@@ -1390,7 +1390,12 @@ def test_string_without_an_end_takes_no_quadratic_time(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        case("S3-B20: no JSON", b"{", "the request body is not JSON: "),
+        case("S3-B20: no JSON", b"{", "the request body cannot be read as JSON: Expecting "),
+        case(
+            "too deep",
+            b"[" * 201,
+            "the request body cannot be read as JSON: nested deeper than 200 levels",
+        ),
         case("no UTF-8", b'{"a":"\xff"}', "the request body is not UTF-8"),
         case("a list", b"[]", "expected an object, got a list"),
         case("null", b"null", "expected an object, got null"),
