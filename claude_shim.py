@@ -5505,7 +5505,7 @@ def content_coding(head: Head) -> str:
     One coding only: each further one would be another factor between what comes and what it makes.
     """
     codings = [coding for coding in head.tokens("content-encoding") if coding != "identity"]
-    if len(codings) > 1 or not set(codings) <= set(_WINDOW_BITS):
+    if len(codings) > 1 or not set(codings) <= _WINDOW_BITS.keys():
         accepted = [("accept-encoding", "gzip, deflate")]
         raise UnsupportedEncodingError("the body may be in gzip or deflate only", headers=accepted)
     return "".join(codings)
@@ -5557,12 +5557,12 @@ def check_origin(
             raise ForbiddenError(
                 "web pages of other sites may not call claude_shim; see --allow-origin"
             )
-    if origins and head.method == "POST" and not _is_asked_for(head):
+    if origins and head.method == "POST" and not _is_preflighted(head):
         raise UnsupportedTypeError("a web page must send its body as application/json")
 
 
-def _is_asked_for(head: Head) -> bool:
-    """Whether no browser sends this POST before a preflight allowed it: a form cannot say these."""
+def _is_preflighted(head: Head) -> bool:
+    """Whether a browser sends this POST of a page only after a preflight: no form can say these."""
     type_ = "".join(head.values("content-type")).partition(";")[0].strip().lower()
     return type_ == "application/json" or "anthropic-version" in head.fields
 
@@ -6219,6 +6219,13 @@ def _names(text: str) -> Tuple[str, ...]:
     return tuple(name for name in re.split(r"[\s,]+", text) if name)
 
 
+def _hosts(text: str) -> Tuple[str, ...]:
+    hosts = tuple(map(host_name, _names(text)))
+    if not all(hosts) or "*" in text:
+        raise ValueError("expected a host name such as my.example")
+    return hosts
+
+
 _ORIGIN = re.compile(
     r"(?!http:.*:80$|https:.*:443$)"
     r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
@@ -6315,7 +6322,7 @@ OPTIONS: Tuple[Option, ...] = (
         "FILE",
     ),
     Option(
-        "allow-host", _names, "", "further name that clients may use for this host", "NAME", True
+        "allow-host", _hosts, "", "further name that clients may use for this host", "NAME", True
     ),
     Option(
         "allow-origin",

@@ -13720,6 +13720,12 @@ PARSED = [
         ("a.example", "b.example", "c.example"),
     ),
     case(
+        "names with what belongs to a URL",
+        ["--allow-host", "My.Example:8765 [FE80::1]"],
+        "allow_host",
+        ("my.example", "fe80::1"),
+    ),
+    case(
         "origins of all kinds",
         [
             *("--allow-origin", "https://app.example https://app.example:8443"),
@@ -13803,6 +13809,14 @@ BAD_SETTINGS = [
         {"argv": ["--retries", "-1"]},
         "--retries: expected a whole number, got '-1'",
     ),
+    *[
+        case(
+            f"a host of {host!r}",
+            {"argv": ["--allow-host", host]},
+            f"--allow-host: expected a host name such as my.example, got {host!r}",
+        )
+        for host in ("https://my.example", "my.example/", "*", "*.example", "a:b", "u@my.example")
+    ],
     *[
         case(
             f"an origin of {origin!r}",
