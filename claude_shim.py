@@ -64,6 +64,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import zlib
 from collections import OrderedDict, deque
 from datetime import datetime, timezone
 from typing import (
@@ -220,7 +221,13 @@ class TargetTooLongError(ProtocolError):
 
 
 class UnsupportedEncodingError(ProtocolError):
-    """415: the body is compressed."""
+    """415: the body has a coding that is not known here; carries `Accept-Encoding`."""
+
+    status = 415
+
+
+class UnsupportedTypeError(RequestError):
+    """415: the body has a type that a form of any web page could have sent."""
 
     status = 415
 
@@ -401,10 +408,13 @@ def error_from_event(event: JSON) -> UpstreamError:
 
 # json.loads recurses in C: CPython 3.13 crashes the process at some 5,000 levels in a small stack.
 MAX_JSON_DEPTH = 200
+# 32 MiB of "[]," would become a gigabyte; a long conversation with many tools has some 10,000.
+MAX_JSON_VALUES = 500_000
+MAX_DIGITS = 308  # of a whole number: what a double can hold, as for the others
 
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_NOT_BRACKET = re.compile(r"[^\[\]{}]+")
-_STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
+_OPENS_OR_PARTS = b"[{,"
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -415,11 +425,11 @@ def dumps(value: Any) -> bytes:
 
 def loads(body: bytes) -> Any:
     """Return the value of a JSON text in UTF-8; ValueError says in a sentence what is wrong."""
+    if sum(map(body.count, _OPENS_OR_PARTS)) > MAX_JSON_DEPTH:
+        _check_structure(body)
     text = body.decode("utf-8")
     if text.startswith("\ufeff"):
         text = text[1:]
-    if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
-        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     value = loads_text(text)
     return _without_surrogates(value) if _SURROGATE_ESCAPE.search(text) else value
 
@@ -435,7 +445,9 @@ def loads_object(body: bytes) -> JSON:
         value = loads(body)
     except ValueError as error:
         reason = (
-            "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"is not JSON: {error}"
+            "is not UTF-8"
+            if isinstance(error, UnicodeDecodeError)
+            else f"cannot be read as JSON: {error}"
         )
         raise RequestError(f"the request body {reason}") from None
     return as_object(value, "the request body")
@@ -471,9 +483,32 @@ def _skipped(text: str, position: int, mark: str) -> int:
     return _skipped(text, position + 1, "")
 
 
-def _depth(text: str) -> int:
-    brackets = _NOT_BRACKET.sub("", _STRING.sub("", text))
-    return max(itertools.accumulate(map(_STEP.__getitem__, brackets)), default=0)
+def _check_structure(body: bytes) -> None:
+    """Refuse what the parser would turn into far more stack or memory than it has bytes."""
+    depth = values = 0
+    for text in _outside_strings(body):
+        values += sum(map(text.count, _OPENS_OR_PARTS))
+        if values > MAX_JSON_VALUES:
+            raise ValueError(f"it has more than {MAX_JSON_VALUES} values")
+        steps = map(_STEP.__getitem__, text.translate(None, _NOT_BRACKET))
+        levels = list(itertools.accumulate(steps, initial=depth))
+        if max(levels) > MAX_JSON_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
+        depth = levels[-1]
+
+
+def _outside_strings(body: bytes) -> Iterator[bytes]:
+    """What stands outside of strings, in pieces: in linear time and little memory for any bytes.
+
+    A regular expression for strings takes quadratic time where one is not closed.
+    """
+    if b"\\" in body:
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    inside = 0
+    for start in range(0, len(body), 1 << 16):
+        pieces = body[start : start + (1 << 16)].split(b'"')
+        yield b"".join(pieces[inside::2])
+        inside ^= len(pieces) & 1 ^ 1
 
 
 def _no_constant(name: str) -> Any:
@@ -485,6 +520,12 @@ def _finite(text: str) -> float:
     if math.isinf(number):
         raise ValueError(f"the number {text[:20]} is too large")
     return number
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:  # and int() of many digits takes quadratic time
+        raise ValueError(f"the number {text[:20]}... is too large")
+    return int(text)
 
 
 def _without_surrogates(value: Any) -> Any:
@@ -499,7 +540,9 @@ def _without_surrogates(value: Any) -> Any:
 
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # made once: that is slow
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(
+    parse_constant=_no_constant, parse_float=_finite, parse_int=_whole_number
+)
 
 
 def as_object(value: Any, path: str) -> JSON:
@@ -827,12 +870,13 @@ MAX_EVENT_BYTES = 16 << 20  # a web search result is the largest event known, so
 _MAX_CHUNK_LINE = 1024
 _MAX_TRAILER = 16 << 10
 
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
-
-
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]{0,10}(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
 _CHUNK_START = re.compile(rb"(?:[0-9A-Fa-f]{1,8}[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?")
-
-_TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n){0,64}")
+# Trailers that would frame or route are a trap (RFC 9110 6.5.1); the others are not used.
+_TRAILERS = re.compile(
+    rb"(?:(?=[^\n]{1,1023}\n)(?!(?i:content-length|transfer-encoding|host):)"
+    rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n){0,64}"
+)
 
 
 class ChunkedDecoder:
@@ -4357,22 +4401,30 @@ class EchoUpstream(Upstream):
         """Return the echo's answer, an error body included."""
         path = request.path.partition("?")[0]
         if path == "/v1/messages" and request.method == "POST":
-            return self._message(loads_object(request.body))
+            return self._message(self._checked(request.body))
         if path == "/v1/messages/count_tokens" and request.method == "POST":
-            return self._json(200, {"input_tokens": echo_tokens(loads_object(request.body))})
+            return self._json(200, {"input_tokens": echo_tokens(self._checked(request.body))})
         if path == "/v1/models":
             return self._json(200, {"data": [], "has_more": False})
         return self._error(404, "the echo has messages and nothing else")
 
-    def _message(self, body: JSON) -> UpstreamResponse:
+    @staticmethod
+    def _checked(raw: bytes) -> JSON:
+        """The body, if the real one would take its form."""
+        body = loads_object(raw)
+        as_boolean(body.get("stream", False), "stream")
         for field in ("thinking", "output_config", "tool_choice"):
             as_object(body.get(field) or {}, field)
         for number, message in enumerate(as_list(body.get("messages"), "messages")):
-            content = as_object(message, f"messages.{number}").get("content") or ""
+            content = as_object(message, f"messages.{number}").get("content")
+            as_text(message.get("role"), f"messages.{number}.role")
             if not isinstance(content, str):
                 as_list(content, f"messages.{number}.content")
         for number, tool in enumerate(as_list(body.get("tools") or [], "tools")):
             as_text(as_object(tool, f"tools.{number}").get("name"), f"tools.{number}.name")
+        return body
+
+    def _message(self, body: JSON) -> UpstreamResponse:
         wanted = ECHO_ERROR.search(echo_text(body))
         if wanted:
             return self._error(int(wanted.group(1)), "you asked for this error")
@@ -4723,6 +4775,7 @@ class Policy(NamedTuple):
     strict: bool = False  # a field without effect is a 400
     retries: RetryPolicy = RetryPolicy()
     live_models: bool = True
+    allowed_origins: FrozenSet[str] = frozenset()  # of web pages that may call
 
 
 class Form(NamedTuple):
@@ -4785,6 +4838,7 @@ ROUTES: Tuple[Route, ...] = (
     Route(_READ, "/healthz", "health", "is it up", True),
     Route(_READ, "/ping", "health", "is it up", True),
     Route(_READ, "/version", "health", "is it up", True),
+    Route(_READ, "/openapi.json", "openapi", "this table as an OpenAPI 3.1 description"),
 )
 
 _PREFIXES = re.compile(
@@ -4833,6 +4887,7 @@ def speaks_anthropic(path: str, headers: Dict[str, str]) -> bool:
     return not openai and "anthropic-version" in headers
 
 
+_OWN_HEADERS = ("allow", "accept-encoding")  # of errors that are ours: what would be taken instead
 _RELAYED_TO_UPSTREAM = re.compile(
     r"anthropic-.*|x-stainless-.*|x-claude-code-.*|x-app|user-agent|accept|content-type|idempotency-key"
 )
@@ -4865,6 +4920,145 @@ def duration(until: str, now: float) -> str:
         return until
     minutes, rest = divmod(max(0, math.ceil(seconds)), 60)
     return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+
+
+# --- the description of the endpoints
+
+
+def _object_schema(required: Sequence[str], **properties: JSON) -> JSON:
+    return {"type": "object", "required": list(required), "properties": properties}
+
+
+_ANY_TEXT: JSON = {"type": "string"}
+_TEXT_SCHEMA: JSON = {"type": "string", "pattern": "\\S"}
+_STREAM_SCHEMA: JSON = {"type": ["boolean", "null"], "default": False}
+_MODEL_SCHEMA: JSON = {
+    "type": "string",
+    "description": "a Claude id, opus, sonnet, haiku or an alias",
+    "examples": ["sonnet"],
+}
+_CHAT_MESSAGE = _object_schema(
+    ("role", "content"),
+    role={"enum": ["developer", "system", "user", "assistant"]},
+    content={**_TEXT_SCHEMA, "description": "or parts, as OpenAI and Anthropic describe them"},
+)
+_MESSAGE = _object_schema(
+    ("role", "content"),
+    role={"type": "string", "examples": ["user"]},
+    content={"type": ["string", "array"]},
+)
+
+# Endpoint -> what the body of a POST cannot do without; all else that is taken is in the README.
+REQUEST_SCHEMAS: Dict[str, JSON] = {
+    "chat_completions": _object_schema(
+        ("model", "messages"),
+        model=_MODEL_SCHEMA,
+        messages={
+            "type": "array",
+            "items": _CHAT_MESSAGE,
+            "contains": {"properties": {"role": {"enum": ["user", "assistant"]}}},
+        },
+        stream=_STREAM_SCHEMA,
+    ),
+    "completions": _object_schema(
+        ("model", "prompt"), model=_MODEL_SCHEMA, prompt=_TEXT_SCHEMA, stream=_STREAM_SCHEMA
+    ),
+    "responses": _object_schema(
+        ("model", "input"),
+        model={**_MODEL_SCHEMA, "pattern": "^(claude-.|opus$|sonnet$|haiku$)"},  # or it is a 400
+        input=_TEXT_SCHEMA,
+        stream=_STREAM_SCHEMA,
+    ),
+    "messages": _object_schema(
+        ("model", "messages"),
+        model=_MODEL_SCHEMA,
+        messages={"type": "array", "items": _MESSAGE, "minItems": 1},
+        stream={"type": "boolean", "default": False},
+    ),
+    "count_tokens": _object_schema(
+        ("model", "messages"),
+        model=_MODEL_SCHEMA,
+        messages={"type": "array", "items": _MESSAGE},
+    ),
+}
+_JSON_CONTENT: JSON = {"application/json": {"schema": {"type": "object"}}}
+_ANY_CONTENT: JSON = {"*/*": {}}
+
+_TEXT_OR_NULL: JSON = {"type": ["string", "null"]}
+_ERRORS: Dict[str, JSON] = {
+    "OpenAIError": _object_schema(
+        ("error",),
+        error=_object_schema(
+            ("message", "type", "param", "code"),
+            message=_ANY_TEXT,
+            type=_ANY_TEXT,
+            param=_TEXT_OR_NULL,
+            code=_TEXT_OR_NULL,
+        ),
+    ),
+    "AnthropicError": _object_schema(
+        ("type", "error"),
+        type={"const": "error"},
+        error=_object_schema(("type", "message"), type=_ANY_TEXT, message=_ANY_TEXT),
+        request_id=_ANY_TEXT,
+    ),
+}
+_ANY_ERROR: JSON = {"anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in _ERRORS]}
+_COMPONENTS: JSON = {
+    "schemas": _ERRORS,
+    "responses": {
+        "Error": {
+            "description": "what went wrong, in the dialect of the path, or of anthropic-version",
+            "content": {"application/json": {"schema": _ANY_ERROR}},
+        }
+    },
+    "securitySchemes": {
+        "Authorization": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        "api-key": {"type": "apiKey", "in": "header", "name": "api-key"},
+    },
+}
+
+
+def openapi_description(routes: Sequence[Route], keyed: bool) -> JSON:
+    """Return the OpenAPI 3.1 description of `routes`; `keyed`: clients must show a key."""
+    paths: JSON = {}
+    for route in routes:
+        exact, below, _ = route.path.partition("[/...]")
+        for path in (exact, f"{exact}/{{rest}}") if below else (exact,):
+            paths[path] = {method.lower(): _operation(route, method) for method in route.methods}
+            names = re.findall(r"{(\w+)}", path)
+            if names:
+                schema = {"in": "path", "required": True, "schema": {"type": "string"}}
+                paths[path]["parameters"] = [{"name": name, **schema} for name in names]
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "claude_shim", "version": __version__},
+        "security": [{name: []} for name in _COMPONENTS["securitySchemes"]] if keyed else [],
+        "paths": paths,
+        "components": _COMPONENTS,
+    }
+
+
+def _operation(route: Route, method: str) -> JSON:
+    relayed = route.endpoint in ("relay", "files")
+    body = REQUEST_SCHEMAS.get(route.endpoint) if method == "POST" else None
+    content = _ANY_CONTENT if relayed else _JSON_CONTENT
+    if body and "stream" in body["properties"]:
+        content = {**content, "text/event-stream": {}}
+    operation: JSON = {
+        "summary": route.summary,
+        "responses": {
+            "200": {"description": "the answer", "content": content},
+            "default": {"$ref": "#/components/responses/Error"},
+        },
+    }
+    if body:
+        described = {"required": True, "content": {"application/json": {"schema": body}}}
+        operation["requestBody"] = described
+    elif method == "POST":
+        operation["requestBody"] = {"content": _ANY_CONTENT}
+    return {**operation, "security": []} if route.open else operation
 
 
 class App:
@@ -4944,16 +5138,18 @@ class App:
         headers.append(("content-type", "application/json"))
         if speaks_anthropic(normalised_path(request.path), request.headers):
             status, body = anthropic_error(error, request.request_id)
-            kept = [(k, v) for k, v in headers if _RELAYED_TO_CLIENT.fullmatch(k) or k == "allow"]
+            kept = [
+                (k, v) for k, v in headers if _RELAYED_TO_CLIENT.fullmatch(k) or k in _OWN_HEADERS
+            ]
         else:
             status, body = openai_error(error)
             spent = status == 429 and all(name != "retry-after" for name, _ in headers)
             if spent:  # a limit on spending: trying again is in vain
                 headers.append(("x-should-retry", "false"))
             kept = [*openai_headers(headers, time.time()), ("content-type", "application/json")]
-            kept += [(k, v) for k, v in headers if k == "allow"]
+            kept += [(k, v) for k, v in headers if k in _OWN_HEADERS]
             kept += [("x-request-id", v) for k, v in headers if k == "request-id"]
-        return Response(status, kept, dumps(body))
+        return Response(status, kept, dumps(body).replace(b"<", b"\\u003c"))  # it may quote markup
 
     # --- OpenAI's completions
 
@@ -5231,6 +5427,10 @@ class App:
         entry = entries.get(id) or model_entry(self.catalogue.model(id), {})
         return json_response(200, entry)
 
+    def openapi(self, request: Request) -> Response:
+        """GET /openapi.json."""
+        return json_response(200, openapi_description(ROUTES, bool(self.policy.client_keys)))
+
     def health(self, request: Request) -> Conversation[Response]:
         """GET / and /health; with ?deep=1 also whether upstream takes the credential."""
         status: JSON = {"status": "ok", "service": "claude_shim", "version": __version__}
@@ -5406,6 +5606,23 @@ _LENGTH = re.compile(r"[0-9]{1,18}")
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 
 
+_OTHER_PROTOCOLS = (
+    (b"\x16\x03", ProtocolError, "this port speaks plain HTTP, not TLS: use http://"),
+    (
+        b"PRI * HTTP/2.0\r\n",
+        VersionNotSupportedError,
+        "this port speaks HTTP/1.1 only: turn off HTTP/2 with prior knowledge",
+    ),
+)
+
+
+def check_protocol(start: bytes) -> None:
+    """Refuse the first bytes of another protocol, with a sentence for who set up the client."""
+    for prefix, error, sentence in _OTHER_PROTOCOLS:
+        if start.startswith(prefix):
+            raise error(sentence)
+
+
 def parsed_head(head: bytes) -> Head:
     """Return a request head given without its last empty line; a ProtocolError if it is malformed.
 
@@ -5423,6 +5640,8 @@ def parsed_head(head: bytes) -> Head:
     grouped: Dict[str, List[str]] = {}
     for name, value in fields:
         grouped.setdefault(name, []).append(value)
+    if len(grouped.get("content-type", ())) > 1:
+        raise ProtocolError("expected one Content-Type header")
     return _with_authority(Head(method, target, int(version[-1]), grouped))
 
 
@@ -5444,8 +5663,7 @@ def _with_authority(head: Head) -> Head:
 def request_framing(head: Head, max_body: int) -> Framing:
     """Return how the body of a request ends (RFC 9112 6); a ProtocolError if that is ambiguous."""
     codings, lengths = head.values("transfer-encoding"), head.values("content-length")
-    if head.tokens("content-encoding") not in ([], ["identity"]):
-        raise UnsupportedEncodingError("send the body without Content-Encoding")
+    content_coding(head)
     if codings:
         if lengths or head.minor_version == 0:
             raise ProtocolError("Transfer-Encoding together with Content-Length or HTTP/1.0")
@@ -5460,26 +5678,122 @@ def request_framing(head: Head, max_body: int) -> Framing:
     return Framing(False, length, True)
 
 
+_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # how zlib is told the coding
+
+
+def content_coding(head: Head) -> str:
+    """Return the coding of the body, empty for none; UnsupportedEncodingError if it is not known.
+
+    One coding only: each further one would be another factor between what comes and what it makes.
+    """
+    codings = [coding for coding in head.tokens("content-encoding") if coding != "identity"]
+    if len(codings) > 1 or not set(codings) <= _WINDOW_BITS.keys():
+        accepted = [("accept-encoding", "gzip, deflate")]
+        raise UnsupportedEncodingError("the body may be in gzip or deflate only", headers=accepted)
+    return "".join(codings)
+
+
+def decompressed(body: bytes, coding: str, max_bytes: int) -> bytes:
+    """Return `body` without its coding; a ProtocolError if that is over `max_bytes`, or not whole.
+
+    Nothing may follow the stream, a second one neither: many short ones take quadratic time.
+    """
+    if not (coding and body):
+        return body
+    stream = zlib.decompressobj(_WINDOW_BITS[coding])
+    try:
+        content = stream.decompress(body, max_bytes + 1)
+    except zlib.error:
+        raise ProtocolError(f"the request body is not {coding}, as its header says") from None
+    if len(content) > max_bytes:
+        raise too_large(max_bytes)
+    if not stream.eof or stream.unused_data:
+        raise ProtocolError(f"the request body is not one whole {coding} stream")
+    return content
+
+
 def too_large(max_body: int) -> RequestTooLargeError:
     """Return the error for a body over the limit."""
     return RequestTooLargeError(f"the request body is over {max_body} bytes (--max-body)")
 
 
-def check_origin(head: Head, allowed_hosts: FrozenSet[str]) -> None:
+def check_origin(
+    head: Head, allowed_hosts: FrozenSet[str], allowed_origins: FrozenSet[str] = frozenset()
+) -> None:
     """Refuse what a web page could send: a foreign Host (DNS rebinding), Origin or fetch site.
 
-    Programs send no Origin; browsers do so with every request that crosses sites.
+    Programs send no Origin; browsers do so with every request that crosses sites. OPTIONS
+    only asks: it is answered, without permission.
     """
     host = host_name("".join(head.values("host")))
     if head.values("host") and host not in allowed_hosts and not is_loopback(host):
         message = f"the host {plain(host)} is not served here; add --allow-host {plain(host)}"
         raise ForbiddenError(message)
-    for origin in head.values("origin"):
-        name = host_name(origin.partition("://")[2]) if "://" in origin else ""
-        if name not in allowed_hosts and not is_loopback(name):
-            raise ForbiddenError("web pages of other sites may not call claude_shim")
-    if set(head.values("sec-fetch-site")) & {"cross-site", "same-site"}:
-        raise ForbiddenError("web pages of other sites may not call claude_shim")
+    origins = head.values("origin")
+    if head.method == "OPTIONS":
+        return
+    if not (origins and allowed_origins.issuperset(origins)):
+        names = [host_name(origin.partition("://")[2]) for origin in origins]
+        foreign = any(name not in allowed_hosts and not is_loopback(name) for name in names)
+        if foreign or {"cross-site", "same-site"}.intersection(head.values("sec-fetch-site")):
+            raise ForbiddenError(
+                "web pages of other sites may not call claude_shim; see --allow-origin"
+            )
+    if origins and head.method == "POST" and not _is_preflighted(head):
+        raise UnsupportedTypeError("a web page must send its body as application/json")
+
+
+def _is_preflighted(head: Head) -> bool:
+    """Whether a browser sends this POST of a page only after a preflight: no form can say these."""
+    type_ = "".join(head.values("content-type")).partition(";")[0].strip().lower()
+    return type_ == "application/json" or "anthropic-version" in head.fields
+
+
+# What a page of an allowed origin may send and read beyond what every page may.
+_SENT_BY_PAGES = re.compile(
+    r"(?:anthropic|openai|x-stainless)-[a-z0-9-]{1,50}"
+    r"|authorization|(?:x-)?api-key|x-claude-shim-key|x-request-id|idempotency-key|content-type|accept"
+)
+_RATE_LIMIT_KINDS = ("limit", "remaining", "reset")
+_READ_BY_PAGES = (
+    *("request-id", "x-request-id", "x-claude-shim-ignored", "x-claude-shim-estimate"),
+    *("retry-after", "retry-after-ms", "x-should-retry"),
+    *(
+        f"x-ratelimit-{kind}-{unit}"
+        for kind in _RATE_LIMIT_KINDS
+        for unit in ("requests", "tokens")
+    ),
+    *(
+        f"anthropic-ratelimit-{unit}-{kind}"
+        for unit in ("requests", "tokens", "input-tokens", "output-tokens")
+        for kind in _RATE_LIMIT_KINDS
+    ),
+)
+_EXPOSED = [("access-control-expose-headers", ", ".join(_READ_BY_PAGES))]
+
+
+def cross_origin_headers(head: Head, allowed_origins: FrozenSet[str]) -> HeaderList:
+    """Return what lets a page of an allowed origin read the answer, or ask first (Fetch, CORS).
+
+    Never for credentials of the browser: a page shows a client key, or none is needed.
+    """
+    if not allowed_origins:
+        return []
+    headers = [("vary", "Origin")]
+    origin = "".join(head.values("origin"))
+    if origin not in allowed_origins:
+        return headers
+    headers.append(("access-control-allow-origin", origin))
+    if head.method != "OPTIONS":
+        return headers + _EXPOSED
+    route = route_of(normalised_path(head.target))
+    asked = filter(_SENT_BY_PAGES.fullmatch, head.tokens("access-control-request-headers"))
+    return [
+        *headers,
+        ("access-control-allow-methods", ", ".join(route.methods if route else ())),
+        ("access-control-allow-headers", ", ".join(asked)),
+        ("access-control-max-age", "600"),
+    ]
 
 
 @functools.lru_cache(maxsize=64)
@@ -5503,18 +5817,21 @@ def _http_date(second: int) -> str:
 def response_head(status: int, headers: HeaderList, second: int) -> bytes:
     """Return the bytes of a response head; control characters in values become spaces."""
     phrase = _PHRASES.get(status, "Unknown")
-    fields = [
-        ("date", _http_date(second)),
-        ("x-content-type-options", "nosniff"),
-        ("cache-control", "no-store"),
-        *headers,
-    ]
+    fields = [("date", _http_date(second)), *_FOR_BROWSERS, *headers]
     if _UNSAFE_VALUE.search("".join([value for _, value in fields])):
         fields = [(name, _UNSAFE_VALUE.sub(" ", value)) for name, value in fields]
     lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
     return f"HTTP/1.1 {status} {phrase}\r\n{lines}\r\n".encode("latin-1", "replace")
 
 
+# An answer that a browser shows after all is no page: it is not guessed to be one, runs and loads
+# nothing, is in no frame (X-Frame-Options says less), in no foreign page, and is not kept.
+_FOR_BROWSERS = [
+    ("x-content-type-options", "nosniff"),
+    ("cache-control", "no-store"),
+    ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
+    ("cross-origin-resource-policy", "same-origin"),
+]
 _PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
 _UNSAFE_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -5562,8 +5879,7 @@ class RequestReader:
 
     def _check_size(self, head: bytes, complete: bool) -> None:
         limits = self._limits
-        if head[:3] == b"\x16\x03\x01":
-            raise ProtocolError("this port speaks plain HTTP, not TLS")
+        check_protocol(head)
         if not complete and b"\n" in head.replace(b"\r\n", b""):
             raise ProtocolError("a line of the head ends in a bare LF")
         if len(head) <= limits.max_line and head.count(b"\r\n") <= limits.max_fields:
@@ -5977,14 +6293,15 @@ class Exchange(Party):
     What may take time is a worker's; at any moment either the relay or one worker has it.
     """
 
-    def __init__(self, connection: ClientConnection, request: Request) -> None:
+    def __init__(self, connection: ClientConnection, request: Request, coding: str) -> None:
         server = connection.server
         self.relay, self.workers = server.relay, server.workers
         self.heartbeat_seconds = server.limits.heartbeat_seconds
         self._server = server
         self._connection = connection
         self._request = request
-        self._conversation = server.app.answering(request)
+        self._coding = coding  # of the request's body
+        self._conversation: Conversation[Response] = server.app.answering(request)
         self._asked: Optional[UpstreamRequest] = None
         self._pending: Optional[UpstreamConnection] = None  # the head of its answer is awaited
         self._response = Response(0, [])
@@ -6017,7 +6334,8 @@ class Exchange(Party):
     def begin(self) -> None:
         """Ask the App; here if that takes no time."""
         self._deadline = math.inf
-        if len(self._request.body) <= _PROMPT_BYTES and self._server.app.credential.ready():
+        prompt = len(self._request.body) <= _PROMPT_BYTES and not self._coding
+        if prompt and self._server.app.credential.ready():
             self._proceed(self._advance(None))
         else:
             self._hand_over(None)
@@ -6027,14 +6345,24 @@ class Exchange(Party):
         try:
             if isinstance(answer, Exception):
                 return self._conversation.throw(answer)
-            return self._conversation.send(answer) if answer else next(self._conversation)
+            return self._conversation.send(answer) if answer else next(self._opened())
         except StopIteration as stop:
             response: Response = stop.value
             return response
+        except ShimError as error:
+            self._connection.break_off()
+            return self._server.app.failure(error, self._request)
         except ClientGone:
             return Response(0, [])
         except Exception as error:  # the edge: one request's fault must not cost another's
             return self._fault(error)
+
+    def _opened(self) -> Conversation[Response]:
+        if self._coding:
+            body = decompressed(self._request.body, self._coding, self._server.limits.max_body)
+            self._request = self._request._replace(body=body)
+            self._conversation = self._server.app.answering(self._request)
+        return self._conversation
 
     def _fault(self, error: Exception) -> Response:
         id = self._request.request_id
@@ -6391,7 +6719,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         self._head, self._open = head, head.keeps_alive() and not self.server.draining
         self._request_id = self._id_of(head)
         headers = head.headers()
-        check_origin(head, self.server.allowed_hosts)
+        check_origin(head, self.server.allowed_hosts, self.server.app.policy.allowed_origins)
         self._key_name = self.server.app.admit(head.method, head.target, headers)
         framing = request_framing(head, limits.max_body)
         self._reader.expect(framing)
@@ -6421,7 +6749,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         assert head is not None
         watch = ClientWatch(self.request)
         request = Request(head.method, head.target, head.headers(), body, self._request_id, watch)
-        self._exchange = exchange = Exchange(self, request)
+        self._exchange = exchange = Exchange(self, request, content_coding(head))
         try:
             self.server.gate.enter(exchange)
         except ShimError as error:
@@ -6450,13 +6778,14 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         request = Request(head.method, head.target, head.headers(), b"", self._request_id)
         response = self.server.app.failure(error, request)
         self.send_whole(response, request)
-        self._head = head
-        known = type(error).__name__ if head is not _NO_HEAD else error.message
-        self.answered(response.status, "", known)
+        if head is _NO_HEAD:
+            self.server.app.log.once(f"note: a request was refused: {error.message}")
+        self.answered(response.status, "", type(error).__name__)
 
     def _headers(self, response: Response) -> HeaderList:
         head = self._head or _NO_HEAD
-        headers = list(response.headers)
+        shared = cross_origin_headers(head, self.server.app.policy.allowed_origins)
+        headers = [*response.headers, *shared]
         if not self._open:
             headers.append(("connection", "close"))
         elif not head.minor_version:
@@ -6851,6 +7180,7 @@ class Settings(NamedTuple):
     api_key_file: str
     client_key_file: str
     allow_host: Tuple[str, ...]
+    allow_origin: Tuple[str, ...]
     alias: Dict[str, str]
     opus: str
     sonnet: str
@@ -6956,6 +7286,28 @@ def _names(text: str) -> Tuple[str, ...]:
     return tuple(name for name in re.split(r"[\s,]+", text) if name)
 
 
+def _hosts(text: str) -> Tuple[str, ...]:
+    hosts = tuple(map(host_name, _names(text)))
+    if not all(hosts) or "*" in text:
+        raise ValueError("expected a host name such as my.example")
+    return hosts
+
+
+_ORIGIN = re.compile(
+    r"(?!http:.*:80$|https:.*:443$)"
+    r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
+)
+
+
+def _origins(text: str) -> Tuple[str, ...]:
+    names = _names(text)
+    if not all(map(_ORIGIN.fullmatch, names)):
+        raise ValueError(
+            "expected an origin as browsers write it, such as https://app.example:8443"
+        )
+    return names
+
+
 def _aliases(text: str) -> Dict[str, str]:
     pairs = [pair.partition("=") for pair in _names(text)]
     if not all(name and target for name, _, target in pairs):
@@ -7037,7 +7389,15 @@ OPTIONS: Tuple[Option, ...] = (
         "FILE",
     ),
     Option(
-        "allow-host", _names, "", "further name that clients may use for this host", "NAME", True
+        "allow-host", _hosts, "", "further name that clients may use for this host", "NAME", True
+    ),
+    Option(
+        "allow-origin",
+        _origins,
+        "",
+        "web pages that may call, by origin, as in https://app.example",
+        "ORIGIN",
+        True,
     ),
     Option(
         "alias",
@@ -7283,6 +7643,7 @@ def policy_from(settings: Settings, keys: ClientKeys) -> Policy:
         settings.strict,
         RetryPolicy(settings.retries),
         settings.upstream != "echo",
+        allowed_origins=frozenset(settings.allow_origin),
     )
 
 

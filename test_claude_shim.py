@@ -11,6 +11,7 @@ import ast
 import base64
 import contextlib
 import copy
+import gzip
 import importlib.util
 import io
 import json
@@ -30,6 +31,7 @@ import threading
 import time
 import tokenize
 import urllib.request
+import zlib
 from pathlib import Path
 from typing import (
     Any,
@@ -1286,6 +1288,8 @@ def test_dumps_refuses_what_is_no_json(number: float) -> None:
         case("a backslash before u is no escape", b'"\\\\ud83d"', "\\ud83d"),
         case("a small number", b"1e-999", 0.0),
         case("a large whole number", b"1" + b"0" * 30, 10**30),
+        case("a whole number as large as a double", b"-" + b"9" * 307, -(10**307 - 1)),
+        case("a name that comes twice: the last one counts", b'{"a":1,"a":2}', {"a": 2}),
         case("brackets in text are no depth", b'["' + b"[{" * 5000 + b'"]', ["[{" * 5000]),
         case("many lists side by side", b"[" + b"[]," * 999 + b"[]]", [[]] * 1000),
     ],
@@ -1307,6 +1311,8 @@ def test_loads(text: bytes, expected: Any) -> None:
         case("infinity", b"[-Infinity]", "-Infinity is not JSON"),
         case("too large a number", b"[1e999]", "the number 1e999 is too large"),
         case("too small a number", b"-1e999", "the number -1e999 is too large"),
+        case("309 digits", b"9" * 309, f"the number {'9' * 20}... is too large"),
+        case("a million digits", b"[1" + b"0" * 10**6 + b"]", f"{'0' * 19}... is too large"),
         case("not UTF-8", b'"\xff"', "codec can't decode"),
         case("a surrogate in UTF-8", b'"\xed\xa0\x80"', "codec can't decode"),
         case("UTF-16", '{"a":1}'.encode("utf-16"), "codec can't decode"),
@@ -1333,15 +1339,77 @@ def test_loads_takes_200_levels_and_no_more(opening: bytes, closing: bytes, time
         shim.loads(b"[" + body + b"]")
 
 
-def test_loads_survives_a_hundred_thousand_levels() -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        case("lists", b"[" * 100_000),
+        case("objects", b'{"a":' * 100_000),
+        case("behind brackets in strings", b'["' + b"]" * 70_000 + b'",' + b"[" * 300),
+        case("behind escaped quotes", b'["' + b'\\\\\\"' * 30_000 + b'",' + b"[" * 300),
+        case("behind escaped backslashes", b'["' + b"\\\\" * 40_000 + b'",' + b"[" * 300),
+        case("without UTF-8", b"[" * 100_000 + b"\xff"),
+    ],
+)
+def test_loads_survives_many_levels(body: bytes) -> None:
     with pytest.raises(ValueError, match="nested deeper than 200 levels"):
-        shim.loads(b"[" * 100_000)
+        shim.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("opening", "part", "closing"),
+    [
+        case("lists", b"[[]", b",[]", b"]"),
+        case("objects", b"[{}", b",{}", b"]"),
+        case("numbers", b"[0", b",1,2", b"]"),
+        case("members", b'{"":0', b',"a":1,"b":2', b"}"),
+        case("strings", b'[""', b',"[",","', b"]"),
+        case("the end of lists", b"[[0]", b",[0]", b"]"),
+    ],
+)
+def test_loads_takes_half_a_million_values_and_no_more(
+    opening: bytes, part: bytes, closing: bytes
+) -> None:
+    shim.loads(opening + part * 249_999 + closing)
+    with pytest.raises(ValueError, match="it has more than 500000 values"):
+        shim.loads(opening + part * 250_000 + closing)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        case("commas and brackets", b"[{,", "[{,"),
+        case("escaped quotes", b'\\",[{', '",[{'),
+        case("escaped backslashes", b"\\\\,[", "\\,["),
+        case("both", b'\\\\\\"[,', '\\"[,'),
+    ],
+)
+def test_what_stands_in_strings_is_no_value(text: bytes, expected: str) -> None:
+    times = 200_000
+    assert shim.loads(b'[["' + text * times + b'"],1]') == [[expected * times], 1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        case("escaped quotes", b"[" * 100 + b"," * 101 + b'"' + b'\\"' * 10**6),
+        case("quotes", b"[" * 201 + b'"' * (10**6 + 1)),
+        case("backslashes", b"[" * 100 + b"," * 101 + b'"' + b"\\" * 10**6),
+    ],
+)
+def test_string_without_an_end_takes_no_quadratic_time(body: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):  # 80 KB of these once took 25 s
+        shim.loads(body)
 
 
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        case("S3-B20: no JSON", b"{", "the request body is not JSON: "),
+        case("S3-B20: no JSON", b"{", "the request body cannot be read as JSON: Expecting "),
+        case(
+            "too deep",
+            b"[" * 201,
+            "the request body cannot be read as JSON: nested deeper than 200 levels",
+        ),
         case("no UTF-8", b'{"a":"\xff"}', "the request body is not UTF-8"),
         case("a list", b"[]", "expected an object, got a list"),
         case("null", b"null", "expected an object, got null"),
@@ -1804,6 +1872,9 @@ LINE_ENDS = pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"], ids=["L
         case("an extension", b'3;a="b c";d\r\nabc\r\n0;e\r\n\r\n', b"abc"),
         case("spaces behind the size", b"3 \t\r\nabc\r\n0 \r\n\r\n", b"abc"),
         case("trailers", b"3\r\nabc\r\n0\r\nA: b\r\nC: d\r\n\r\n", b"abc"),
+        case("64 trailers", b"3\r\nabc\r\n0\r\n" + b"A: b\r\n" * 64 + b"\r\n", b"abc"),
+        case("a trailer of 1 KiB", b"1\r\na\r\n0\r\nA: " + b"b" * 1019 + b"\r\n\r\n", b"a"),
+        case("an extension of 1,000 bytes", b"1;" + b"e" * 1000 + b"\r\na\r\n0\r\n\r\n", b"a"),
     ],
 )
 def test_chunked_body(raw: bytes, body: bytes, cut: Any) -> None:
@@ -1848,6 +1919,20 @@ def test_chunked_body_hands_out_an_unfinished_chunk() -> None:
         case("an extension without end", b"3;" + b"a" * 2000),
         case("an extension with a control character", b"3;a\x00b\r\nabc\r\n"),
         case("two sizes", b"3 3\r\nabc\r\n"),
+        case("a line of blanks", b"3" + b" " * 1100 + b"\r\nabc\r\n"),
+        case("a line end in a quoted extension", b'3;a="\r\nabc\r\n"\r\n'),
+        case("a bare CR in an extension", b"3;a\rb\r\nabc\r\n"),
+        case("an extension without a semicolon", b"3 a=b\r\nabc\r\n"),
+        case("65 trailers", b"0\r\n" + b"A: b\r\n" * 65 + b"\r\n"),
+        case("a trailer of more than 1 KiB", b"0\r\nA: " + b"b" * 1021 + b"\r\n\r\n"),
+        *[
+            case(f"a trailer {name.decode()}", b"0\r\nA: b\r\n" + name + b": 5\r\n\r\n")
+            for name in (b"Content-Length", b"transfer-encoding", b"HOST")
+        ],
+        case("a folded trailer", b"0\r\nA: b\r\n c\r\n\r\n"),
+        case("a bare CR in a trailer", b"0\r\nA: b\rC: d\r\n\r\n"),
+        case("a bare LF between trailers", b"0\r\nA: b\nC: d\r\n\r\n"),
+        case("a space before the colon of a trailer", b"0\r\nA : b\r\n\r\n"),
         case("trailers without end", b"0\r\n" + b"A: b\r\n" * 4000),
     ],
 )
@@ -11660,6 +11745,89 @@ def test_deep_health_asks_upstream_once_a_minute(
     assert [request.path for request in upstream.requests] == ["/v1/models?limit=1"]
 
 
+def described(keyed: bool = False) -> JSON:
+    """The description as it goes over the wire."""
+    return json.loads(shim.dumps(shim.openapi_description(shim.ROUTES, keyed)))
+
+
+def test_description_has_every_route_and_nothing_else() -> None:
+    routes = (
+        shim.Route(("POST",), "/v1/messages", "messages", "asks"),
+        shim.Route(("GET", "HEAD"), "/v1/models/{id}", "model", "one model"),
+        shim.Route(("GET", "DELETE"), "/v1/skills[/...]", "relay", "skills"),
+    )
+    paths = shim.openapi_description(routes, False)["paths"]
+    assert {path: sorted(entry) for path, entry in paths.items()} == {
+        "/v1/messages": ["post"],
+        "/v1/models/{id}": ["get", "head", "parameters"],
+        "/v1/skills": ["delete", "get"],
+        "/v1/skills/{rest}": ["delete", "get", "parameters"],
+    }
+    assert paths["/v1/models/{id}"]["parameters"] == [
+        {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    ]
+    assert paths["/v1/skills/{rest}"]["parameters"][0]["name"] == "rest"
+
+
+def test_description_of_a_call_says_what_goes_in_and_what_comes_out() -> None:
+    operation = described()["paths"]["/v1/chat/completions"]["post"]
+    assert operation["summary"] == "OpenAI chat, streamed or not"
+    assert operation["requestBody"]["required"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert (schema["type"], schema["required"]) == ("object", ["model", "messages"])
+    assert sorted(operation["responses"]["200"]["content"]) == [
+        "application/json",
+        "text/event-stream",
+    ]
+    assert operation["responses"]["default"] == {"$ref": "#/components/responses/Error"}
+    assert sorted(described()["components"]["schemas"]) == ["AnthropicError", "OpenAIError"]
+
+
+def test_description_knows_the_body_of_every_post() -> None:
+    posts = {route.endpoint for route in shim.ROUTES if "POST" in route.methods}
+    assert posts - {"relay", "files"} <= set(shim.REQUEST_SCHEMAS)
+    assert set(shim.REQUEST_SCHEMAS) <= {route.endpoint for route in shim.ROUTES}
+
+
+def test_description_refers_to_nothing_that_is_missing() -> None:
+    document = described()
+    references = set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document)))
+    assert len(references) == 3
+    for reference in references:
+        found = document
+        for name in reference.split("/"):
+            found = found[name]
+        assert found
+
+
+def test_description_says_which_key_is_wanted_and_where_none_is() -> None:
+    keyed, open_ = described(keyed=True), described()
+    assert keyed["security"] == [{"Authorization": []}, {"x-api-key": []}, {"api-key": []}]
+    assert open_["security"] == []
+    assert keyed["paths"]["/health"]["get"]["security"] == []
+    assert "security" not in keyed["paths"]["/v1/messages"]["post"]
+
+
+def test_description_wants_the_client_key_like_what_it_describes() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS), client_keys=shim.ClientKeys({"ann": "s3cret"}))
+    with pytest.raises(shim.AuthenticationError):
+        app.admit("GET", "/openapi.json", {})
+    assert app.admit("GET", "/openapi.json", {"x-api-key": "s3cret"}) == "ann"
+    document = answered(app.respond(shim.Request("GET", "/openapi.json", {})))
+    assert (document["openapi"], len(document["security"])) == ("3.1.0", 3)
+    assert document["info"] == {"title": "claude_shim", "version": shim.__version__}
+
+
+def test_errors_are_as_described() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    schemas = described()["components"]["schemas"]
+    for path, name in (("/v1/chat/completions", "OpenAIError"), ("/v1/messages", "AnthropicError")):
+        body = answered(ask(app, path, {}))
+        assert set(schemas[name]["required"]) <= set(body) <= set(schemas[name]["properties"])
+        error = schemas[name]["properties"]["error"]
+        assert sorted(body["error"]) == sorted(error["required"])
+
+
 def test_websocket_is_refused_so_that_codex_falls_back() -> None:
     app, _ = app_on(FINE)
     response = fetch(app, "/v1/responses", upgrade="websocket")
@@ -11717,11 +11885,119 @@ def test_request_head_is_parsed(head: bytes, expected: Any) -> None:
         case("the same length twice", "Content-Length: 5\r\ncontent-length: 5", (False, 5, True)),
         case("chunked", "Transfer-Encoding: Chunked", (True, None, True)),
         case("no encoding", "Content-Encoding: identity\r\nContent-Length: 1", (False, 1, True)),
+        case("gzip", "Content-Encoding: GZip\r\nContent-Length: 1", (False, 1, True)),
+        case("deflate", "Content-Encoding: deflate\r\nContent-Length: 1", (False, 1, True)),
     ],
 )
 def test_request_framing(fields: str, expected: Any) -> None:
     head = shim.parsed_head(f"POST / HTTP/1.1\r\nHost: a\r\n{fields or 'X: 1'}".encode())
     assert shim.request_framing(head, 100) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        case("none", [], ""),
+        case("an empty one", ["", " , "], ""),
+        case("no coding", ["identity"], ""),
+        case("gzip", ["gzip"], "gzip"),
+        case("gzip by its old name", ["X-GZip"], "x-gzip"),
+        case("deflate", ["identity, Deflate"], "deflate"),
+        *[
+            case(f"{value!r}", [value], None)
+            for value in ("br", "zstd", "compress", "gzip, gzip", "deflate, gzip", "gzip;q=1", "*")
+        ],
+        case("two fields", ["gzip", "gzip"], None),
+    ],
+)
+def test_coding_of_a_body(fields: List[str], expected: Optional[str]) -> None:
+    head = shim.Head("POST", "/", 1, {"content-encoding": fields} if fields else {})
+    if expected is not None:
+        assert shim.content_coding(head) == expected
+        return
+    with pytest.raises(shim.UnsupportedEncodingError) as caught:
+        shim.request_framing(head, 100)
+    assert (caught.value.status, caught.value.headers) == (
+        415,
+        [("accept-encoding", "gzip, deflate")],
+    )
+
+
+GZIPPED_HELLO = bytes.fromhex("1f8b0800000000000203cb48cdc9c9070086a6103605000000")
+DEFLATED_HELLO = bytes.fromhex("789ccb48cdc9c90700062c0215")
+GZIPPED_NOTHING = bytes.fromhex("1f8b080000000000020303000000000000000000")
+
+
+@pytest.mark.parametrize(
+    ("body", "coding", "expected"),
+    [
+        case("gzip", GZIPPED_HELLO, "gzip", b"hello"),
+        case("gzip by its old name", GZIPPED_HELLO, "x-gzip", b"hello"),
+        case("deflate", DEFLATED_HELLO, "deflate", b"hello"),
+        case("no coding", GZIPPED_HELLO, "", GZIPPED_HELLO),
+        case("no body", b"", "gzip", b""),
+        case("nothing in gzip", GZIPPED_NOTHING, "gzip", b""),
+        case("as much as allowed", zlib.compress(bytes(1000)), "deflate", bytes(1000)),
+    ],
+)
+def test_decompressed_body(body: bytes, coding: str, expected: bytes) -> None:
+    assert shim.decompressed(body, coding, 1000) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "coding", "status", "sentence"),
+    [
+        case("a second member", GZIPPED_HELLO * 2, "gzip", 400, "is not one whole gzip stream"),
+        case("bytes after it", GZIPPED_HELLO + b"\0", "gzip", 400, "is not one whole gzip stream"),
+        case("deflate and more", DEFLATED_HELLO + b"{", "deflate", 400, "is not one whole deflate"),
+        *[
+            case(f"the first {end} bytes", GZIPPED_HELLO[:end], "gzip", 400, "is not one whole")
+            for end in (1, 10, 15, 24)
+        ],
+        case("a wrong checksum", GZIPPED_HELLO[:-8] + bytes(8), "gzip", 400, "is not gzip"),
+        case("deflate for gzip", DEFLATED_HELLO, "gzip", 400, "is not gzip, as its header says"),
+        case("gzip for deflate", GZIPPED_HELLO, "deflate", 400, "is not deflate"),
+        case("deflate without its head", DEFLATED_HELLO[2:-4], "deflate", 400, "is not deflate"),
+        case("no coding at all", b"{}", "gzip", 400, "is not gzip"),
+        case("a byte too much", zlib.compress(bytes(1001)), "deflate", 413, "is over 1000 bytes"),
+        case("a bomb", zlib.compress(bytes(50 << 20)), "deflate", 413, "is over 1000 bytes"),
+        case("a cut bomb", zlib.compress(bytes(9999))[:-4], "deflate", 413, "is over 1000 bytes"),
+    ],
+)
+def test_compressed_body_that_is_refused(
+    body: bytes, coding: str, status: int, sentence: str
+) -> None:
+    with pytest.raises(shim.ProtocolError, match=f"^the request body {sentence}") as caught:
+        shim.decompressed(body, coding, 1000)
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [
+        case(
+            "TLS", b"\x16\x03\x01\x02", (400, "this port speaks plain HTTP, not TLS: use http://")
+        ),
+        case(
+            "older TLS", b"\x16\x03\x00", (400, "this port speaks plain HTTP, not TLS: use http://")
+        ),
+        case(
+            "HTTP/2",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            (505, "this port speaks HTTP/1.1 only: turn off HTTP/2 with prior knowledge"),
+        ),
+        case("HTTP/1.1", b"PRI * HTTP/1.1\r\n", None),
+        case("a part of it", b"PRI * HTTP/2.0\r", None),
+        case("nothing", b"", None),
+    ],
+)
+def test_other_protocol_is_named(start: bytes, told: Optional[Tuple[int, str]]) -> None:
+    if told is None:
+        shim.check_protocol(start)
+        return
+    with pytest.raises(shim.ProtocolError) as caught:
+        shim.check_protocol(start)
+    assert (caught.value.status, caught.value.message) == told
 
 
 @pytest.mark.parametrize(
@@ -11783,6 +12059,33 @@ LOOPBACK = "localhost:8765"
         case("the same origin", {"host": LOOPBACK, "sec-fetch-site": "same-origin"}, True),
         case("another site", {"host": LOOPBACK, "sec-fetch-site": "cross-site"}, False),
         case("the same site", {"host": LOOPBACK, "sec-fetch-site": "same-site"}, False),
+        case("an allowed page", {"host": LOOPBACK, "origin": "https://app.example:8443"}, True),
+        case(
+            "an allowed page, as browsers say it",
+            {
+                "host": LOOPBACK,
+                "origin": "https://app.example:8443",
+                "sec-fetch-site": "cross-site",
+            },
+            True,
+        ),
+        case("an allowed page at another port", {"origin": "https://app.example"}, False),
+        case("an allowed page without TLS", {"origin": "http://app.example:8443"}, False),
+        case("an allowed page in capitals", {"origin": "https://APP.example:8443"}, False),
+        case("an allowed page, and more", {"origin": "https://app.example:8443.e.example"}, False),
+        case(
+            "an allowed page for a foreign name",
+            {"host": "evil.example", "origin": "https://app.example:8443"},
+            False,
+        ),
+        case(
+            "no word of an allowed page", {"host": LOOPBACK, "sec-fetch-site": "cross-site"}, False
+        ),
+        case(
+            "a proxy's word in the standard's form",
+            {"host": "evil.example", "forwarded": "host=localhost"},
+            False,
+        ),
         case(
             "a proxy's word, which counts for nothing",
             {"host": "evil.example", "x-forwarded-host": "localhost"},
@@ -11791,13 +12094,158 @@ LOOPBACK = "localhost:8765"
     ],
 )
 def test_origin_of_a_request_s2_b6(fields: Dict[str, str], allowed: bool) -> None:
-    head = shim.Head("POST", "/v1/messages", 1, {k: [v] for k, v in fields.items()})
-    names = frozenset({"127.0.0.1", "my.example"})
+    head = shim.Head("GET", "/v1/messages", 1, {k: [v] for k, v in fields.items()})
+    names, origins = frozenset({"127.0.0.1", "my.example"}), frozenset({"https://app.example:8443"})
     if allowed:
-        shim.check_origin(head, names)
+        shim.check_origin(head, names, origins)
     else:
         with pytest.raises(shim.ForbiddenError):
-            shim.check_origin(head, names)
+            shim.check_origin(head, names, origins)
+
+
+def test_one_allowed_origin_of_two_is_not_enough() -> None:
+    fields = {"host": [LOOPBACK], "origin": ["https://app.example", "https://evil.example"]}
+    with pytest.raises(shim.ForbiddenError):
+        shim.check_origin(
+            shim.Head("GET", "/", 1, fields), frozenset(), frozenset({"https://app.example"})
+        )
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://app.example"])
+@pytest.mark.parametrize(
+    ("fields", "allowed"),
+    [
+        case("JSON", {"content-type": "application/json"}, True),
+        case("JSON with a charset", {"content-type": "Application/JSON; charset=utf-8"}, True),
+        case("a field that no form can send", {"anthropic-version": "2023-06-01"}, True),
+        case("no type", {}, False),
+        case("plain text", {"content-type": "text/plain"}, False),
+        case("JSON as plain text", {"content-type": "text/plain; application/json"}, False),
+        case("a form", {"content-type": "application/x-www-form-urlencoded"}, False),
+        case("a form with files", {"content-type": "multipart/form-data; boundary=x"}, False),
+        case("a longer word", {"content-type": "application/jsonx"}, False),
+    ],
+)
+def test_form_of_a_page_is_refused(fields: Dict[str, str], allowed: bool, origin: str) -> None:
+    given = {"host": LOOPBACK, "origin": origin, **fields}
+    head = shim.Head("POST", "/v1/messages", 1, {k: [v] for k, v in given.items()})
+    if allowed:
+        shim.check_origin(head, frozenset(), frozenset({"https://app.example"}))
+    else:
+        with pytest.raises(shim.UnsupportedTypeError):
+            shim.check_origin(head, frozenset(), frozenset({"https://app.example"}))
+
+
+def test_program_may_send_any_type() -> None:
+    fields = {"host": [LOOPBACK], "content-type": ["application/x-www-form-urlencoded"]}
+    shim.check_origin(shim.Head("POST", "/v1/messages", 1, fields), frozenset())
+
+
+READ_BY_PAGES = (
+    "request-id, x-request-id, x-claude-shim-ignored, x-claude-shim-estimate, "
+    "retry-after, retry-after-ms, x-should-retry, "
+    "x-ratelimit-limit-requests, x-ratelimit-limit-tokens, "
+    "x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
+    "x-ratelimit-reset-requests, x-ratelimit-reset-tokens, "
+    "anthropic-ratelimit-requests-limit, anthropic-ratelimit-requests-remaining, "
+    "anthropic-ratelimit-requests-reset, "
+    "anthropic-ratelimit-tokens-limit, anthropic-ratelimit-tokens-remaining, "
+    "anthropic-ratelimit-tokens-reset, "
+    "anthropic-ratelimit-input-tokens-limit, anthropic-ratelimit-input-tokens-remaining, "
+    "anthropic-ratelimit-input-tokens-reset, "
+    "anthropic-ratelimit-output-tokens-limit, anthropic-ratelimit-output-tokens-remaining, "
+    "anthropic-ratelimit-output-tokens-reset"
+)
+APP_ORIGIN = "https://app.example"
+
+
+@pytest.mark.parametrize(
+    ("line", "origin", "asked", "expected"),
+    [
+        case("a program", "POST /v1/messages", None, "", {}),
+        case("a foreign page", "POST /v1/messages", "https://evil.example", "", {}),
+        case("a preflight of a foreign page", "OPTIONS /", "https://evil.example", "accept", {}),
+        case("no origin", "GET /", "null", "", {}),
+        case(
+            "an allowed page",
+            "POST /v1/messages",
+            APP_ORIGIN,
+            "",
+            {"allow-origin": APP_ORIGIN, "expose-headers": READ_BY_PAGES},
+        ),
+        case(
+            "a preflight as the SDKs cause it",
+            "OPTIONS /v1/models?limit=1",
+            APP_ORIGIN,
+            "authorization, Content-Type,x-stainless-retry-count, anthropic-version",
+            {
+                "allow-origin": APP_ORIGIN,
+                "allow-methods": "GET, HEAD",
+                "allow-headers": (
+                    "authorization, content-type, x-stainless-retry-count, anthropic-version"
+                ),
+                "max-age": "600",
+            },
+        ),
+        case(
+            "a preflight that asks for more than there is",
+            "OPTIONS /v1/messages",
+            APP_ORIGIN,
+            "x-api-key, cookie, x-<script>, anthropic-<b>, *, x-forwarded-for",
+            {
+                "allow-origin": APP_ORIGIN,
+                "allow-methods": "POST",
+                "allow-headers": "x-api-key",
+                "max-age": "600",
+            },
+        ),
+        case(
+            "a preflight for what does not exist",
+            "OPTIONS /unknown",
+            APP_ORIGIN,
+            "",
+            {
+                "allow-origin": APP_ORIGIN,
+                "allow-methods": "",
+                "allow-headers": "",
+                "max-age": "600",
+            },
+        ),
+    ],
+)
+def test_page_is_told_what_it_may(
+    line: str, origin: Optional[str], asked: str, expected: Dict[str, str]
+) -> None:
+    method, target = line.split(" ")
+    fields = {"origin": [origin]} if origin else {}
+    head = shim.Head(method, target, 1, {**fields, "access-control-request-headers": [asked]})
+    assert shim.cross_origin_headers(head, frozenset()) == []
+    told = shim.cross_origin_headers(head, frozenset({APP_ORIGIN, "https://other.example"}))
+    assert dict(told) == {
+        "vary": "Origin",
+        **{f"access-control-{name}": value for name, value in expected.items()},
+    }
+
+
+def test_page_of_an_allowed_origin_reads_every_answer() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS), allowed_origins=frozenset({APP_ORIGIN}))
+    page = (f"Origin: {APP_ORIGIN}", "Sec-Fetch-Site: cross-site", "Content-Type: application/json")
+    with shim.Server(app) as server, RawClient(server) as client:
+        for raw, status in (
+            (raw_post("/v1/messages", ASKED, *page), 200),
+            (raw_post("/v1/chat/completions", {**ASKED, "stream": True}, *page), 200),
+            (raw_post("/v1/chat/completions", ASKED, *page), 200),
+            (raw_post("/v1/chat/completions", {}, *page), 400),
+            (raw_request("GET /unknown HTTP/1.1", *page), 404),
+            (raw_request("OPTIONS /v1/messages HTTP/1.1", *page), 204),
+        ):
+            answer = client.send(raw).answer()
+            assert (answer.status, answer.headers["access-control-allow-origin"]) == (
+                status,
+                APP_ORIGIN,
+            )
+            assert answer.headers["vary"] == "Origin"
+            assert "access-control-allow-credentials" not in answer.headers
 
 
 def test_refused_host_is_told_what_to_do() -> None:
@@ -11829,7 +12277,9 @@ def test_response_head_as_clients_get_it(status: int, headers: Any, expected: An
     first, own = expected
     assert shim.response_head(status, headers, 784111777) == (
         first + b"\r\ndate: Sun, 06 Nov 1994 08:49:37 GMT\r\nx-content-type-options: nosniff\r\n"
-        b"cache-control: no-store\r\n" + own + b"\r\n"
+        b"cache-control: no-store\r\n"
+        b"content-security-policy: default-src 'none'; frame-ancestors 'none'\r\n"
+        b"cross-origin-resource-policy: same-origin\r\n" + own + b"\r\n"
     )
 
 
@@ -11930,6 +12380,7 @@ ASKED: JSON = {
     "messages": [{"role": "user", "content": "hi"}],
 }
 ASKED_BYTES = json.dumps(ASKED).encode()
+GZIPPED_ASKED = gzip.compress(ASKED_BYTES)
 HEALTH = raw_request("GET /health HTTP/1.1")
 POST_MESSAGES = raw_post("/v1/messages", ASKED)
 POST_CHAT = raw_post("/v1/chat/completions", {**ASKED, "stream": True})
@@ -11995,7 +12446,7 @@ def chunked_post(coded: bytes, *fields: str, path: str = "/v1/messages") -> byte
         ),
         case(
             "trailers, which do not become header fields",
-            chunked_post(in_chunks(ASKED_BYTES) + b"0\r\nX-A: 1\r\nContent-Length: 5\r\n\r\n"),
+            chunked_post(in_chunks(ASKED_BYTES) + b"0\r\nX-A: 1\r\nContent-Type: b\r\n\r\n"),
         ),
         case(
             "chunked in other letters",
@@ -12003,6 +12454,14 @@ def chunked_post(coded: bytes, *fields: str, path: str = "/v1/messages") -> byte
                 "POST /v1/messages HTTP/1.1",
                 "TRANSFER-ENCODING: ChunkeD",
                 body=in_chunks(ASKED_BYTES) + LAST_CHUNK,
+            ),
+        ),
+        case("gzip", raw_post("/v1/messages", GZIPPED_ASKED, "Content-Encoding: gzip")),
+        case(
+            "deflate in chunks",
+            chunked_post(
+                in_chunks(*map(bytes, zip(zlib.compress(ASKED_BYTES)))) + LAST_CHUNK,
+                "Content-Encoding: deflate",
             ),
         ),
         case("an empty line before the request", b"\r\n" + POST_MESSAGES),
@@ -12015,7 +12474,11 @@ def chunked_post(coded: bytes, *fields: str, path: str = "/v1/messages") -> byte
         case("a line as long as allowed", raw_post("/v1/messages?" + "a" * 973, ASKED)),
         case("a field as long as allowed", raw_post("/v1/messages", ASKED, "X: " + "a" * 997)),
         case(
-            "a page of this machine", raw_post("/v1/messages", ASKED, "Origin: http://localhost:1")
+            "a page of this machine",
+            raw_post(
+                *("/v1/messages", ASKED),
+                *("Origin: http://localhost:1", "Content-Type: application/json"),
+            ),
         ),
     ],
 )
@@ -12110,6 +12573,11 @@ def test_request_that_ends_early_is_not_asked_of_upstream(served: Served) -> Non
         ),
         # Host
         case("no Host", raw_request("GET / HTTP/1.1", host=""), 400),
+        case(
+            "two types of the body",
+            raw_post("/v1/messages", ASKED, "Content-Type: a/b", "Content-Type: application/json"),
+            400,
+        ),
         case("two Hosts", raw_request("GET / HTTP/1.1", "Host: localhost"), 400),
         case("an empty Host", raw_request("GET / HTTP/1.1", host="Host:"), 400),
         # the length of the body
@@ -12172,7 +12640,18 @@ def test_request_that_ends_early_is_not_asked_of_upstream(served: Served) -> Non
             chunked_post(b"ffffffff\r\n" + b" " * 10_001),
             413,
         ),
-        case("a compressed body", raw_post("/v1/messages", ASKED, "Content-Encoding: gzip"), 415),
+        case("a body in brotli", raw_post("/v1/messages", ASKED, "Content-Encoding: br"), 415),
+        case("no gzip", raw_post("/v1/messages", ASKED, "Content-Encoding: gzip"), 400),
+        case(
+            "two members of gzip",
+            raw_post("/v1/messages", GZIPPED_ASKED * 2, "Content-Encoding: gzip"),
+            400,
+        ),
+        case(
+            "a bomb",
+            raw_post("/v1/messages", zlib.compress(bytes(10_001)), "Content-Encoding: deflate"),
+            413,
+        ),
         # chunks
         *[
             case(f"chunks that go {coded[:20]!r}", chunked_post(coded), 400)
@@ -12221,10 +12700,24 @@ def test_request_that_is_malformed_is_refused_and_ends_the_connection(
     assert upstream.requests[before:] == []
 
 
-def test_tls_on_the_plain_port_is_named(served: Served) -> None:
-    with RawClient(served[0]) as client:
-        answer = client.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"a" * 300).answer()
-    assert json.loads(answer.body)["error"]["message"] == "this port speaks plain HTTP, not TLS"
+def test_other_protocol_is_answered_and_logged() -> None:
+    log = io.StringIO()
+    app = shim.App(ScriptedUpstream(), log=shim.Log(log))
+    tls = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"a" * 300
+    with shim.Server(app) as server:
+        for _ in range(2):
+            with RawClient(server) as client:
+                answer = client.send(tls).answer()
+    sentence = "this port speaks plain HTTP, not TLS: use http://"
+    assert json.loads(answer.body)["error"]["message"] == sentence
+    assert log.getvalue() == f"note: a request was refused: {sentence}\n"
+
+
+def test_coding_that_is_not_known_is_told_with_those_that_are(served: Served) -> None:
+    for path in ("/v1/messages", "/v1/chat/completions"):
+        with RawClient(served[0]) as client:
+            answer = client.send(raw_post(path, ASKED, "Content-Encoding: zstd")).answer()
+        assert (answer.status, answer.headers["accept-encoding"]) == (415, "gzip, deflate")
 
 
 @pytest.mark.parametrize(
@@ -12287,7 +12780,19 @@ def test_unread_body_of_a_refused_request_is_never_taken_for_a_request(
         case(
             "a preflight of a foreign page",
             raw_request("OPTIONS /v1/messages HTTP/1.1", "Origin: http://evil.example"),
+            204,
+            "POST, OPTIONS",
+        ),
+        case(
+            "a preflight for a foreign Host",
+            raw_request("OPTIONS /v1/messages HTTP/1.1", host="Host: e.example"),
             403,
+            None,
+        ),
+        case(
+            "a form of a page of this machine",
+            raw_request("POST /v1/messages HTTP/1.1", "Origin: http://localhost:3000"),
+            415,
             None,
         ),
         case("a body that is no JSON", raw_post("/v1/messages", b"{"), 400, None),
@@ -12416,6 +12921,40 @@ def test_client_that_asks_whether_to_go_on_is_refused_at_once(
     assert answer.status == status
 
 
+MARKUP = "<script>alert(1)</script>"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        case("a path", raw_request(f"GET /{MARKUP} HTTP/1.1")),
+        case("a path of a model", raw_request(f"GET /v1/models/{MARKUP} HTTP/1.1")),
+        case("a method", raw_request("G<b> / HTTP/1.1")),
+        case("a Host", raw_request("GET / HTTP/1.1", host=f"Host: {MARKUP}")),
+        case("an Origin", raw_request("GET / HTTP/1.1", f"Origin: http://{MARKUP}")),
+        case("a request id", raw_request("GET /unknown HTTP/1.1", f"X-Request-Id: {MARKUP}")),
+        case("a coding", raw_post("/v1/messages", ASKED, f"Content-Encoding: {MARKUP}")),
+        case("a model", raw_post("/v1/messages", {**ASKED, "model": MARKUP})),
+        case("a model for OpenAI", raw_post("/v1/chat/completions", {**ASKED, "model": MARKUP})),
+        case("a value", raw_post("/v1/chat/completions", {**ASKED, "tool_choice": MARKUP})),
+        case("a body", raw_post("/v1/chat/completions", MARKUP.encode())),
+    ],
+)
+def test_what_a_client_sent_is_never_markup_in_an_answer(raw: bytes, served: Served) -> None:
+    with RawClient(served[0]) as client:
+        head = client.send(raw).until(b"\r\n\r\n")
+        body = client.exactly(int(re.findall(rb"content-length: (\d+)", head)[0]))
+    assert b"<" not in head + body
+    assert json.loads(body)["error"]["message"]
+    for field in (
+        b"content-type: application/json",
+        b"x-content-type-options: nosniff",
+        b"content-security-policy: default-src 'none'; frame-ancestors 'none'",
+        b"cache-control: no-store",
+    ):
+        assert field in head.split(b"\r\n")
+
+
 KEYED = shim.ClientKeys({"ann": "s3cret"})
 
 
@@ -12427,10 +12966,10 @@ KEYED = shim.ClientKeys({"ann": "s3cret"})
         case("a key beyond ASCII", ["X-Api-Key: s3cr\xe9t"], 401),
         case("no key, and a question whether to go on", ["Expect: 100-continue"], 401),
         case("no key, and a proxy's word", ["X-Forwarded-For: 127.0.0.1"], 401),
-        case("no key, and a compressed body", ["Content-Encoding: gzip"], 401),
+        case("no key, and a body in brotli", ["Content-Encoding: br"], 401),
         case("no key, and a foreign page", ["Origin: http://evil.example"], 403),
         case("a key, and a foreign page", ["X-Api-Key: s3cret", "Origin: http://e.example"], 403),
-        case("a key, and a compressed body", ["X-Api-Key: s3cret", "Content-Encoding: gzip"], 415),
+        case("a key, and a body in brotli", ["X-Api-Key: s3cret", "Content-Encoding: br"], 415),
         case("a key", ["authorization: bearer s3cret"], 200),
         case("a key as Azure's clients send it", ["api-key: s3cret"], 200),
     ],
@@ -13387,6 +13926,7 @@ def test_settings_without_any() -> None:
         "api_key_file": "",
         "client_key_file": "",
         "allow_host": (),
+        "allow_origin": (),
         "alias": {},
         "opus": "",
         "sonnet": "",
@@ -13403,6 +13943,13 @@ def test_settings_without_any() -> None:
         "client_cert": "",
         "upstream_header": (),
         "allow_plain_http": False,
+        "unix": "",
+        "tls_cert": "",
+        "tls_key": "",
+        "max_concurrent": 256,
+        "max_waiting": 1024,
+        "requests_per_second": 0.0,
+        "drain_seconds": 30.0,
         "quiet": False,
     }
 
@@ -13439,6 +13986,24 @@ PARSED = [
         ["--allow-host", "a.example", "--allow-host", "b.example,c.example"],
         "allow_host",
         ("a.example", "b.example", "c.example"),
+    ),
+    case(
+        "names with what belongs to a URL",
+        ["--allow-host", "My.Example:8765 [FE80::1]"],
+        "allow_host",
+        ("my.example", "fe80::1"),
+    ),
+    case(
+        "origins of all kinds",
+        [
+            *("--allow-origin", "https://app.example https://app.example:8443"),
+            *("--allow-origin", "app://obsidian.md,http://[::1]:3000"),
+        ],
+        "allow_origin",
+        (
+            *("https://app.example", "https://app.example:8443"),
+            *("app://obsidian.md", "http://[::1]:3000"),
+        ),
     ),
     case(
         "several aliases",
@@ -13512,6 +14077,28 @@ BAD_SETTINGS = [
         {"argv": ["--retries", "-1"]},
         "--retries: expected a whole number, got '-1'",
     ),
+    *[
+        case(
+            f"a host of {host!r}",
+            {"argv": ["--allow-host", host]},
+            f"--allow-host: expected a host name such as my.example, got {host!r}",
+        )
+        for host in ("https://my.example", "my.example/", "*", "*.example", "a:b", "u@my.example")
+    ],
+    *[
+        case(
+            f"an origin of {origin!r}",
+            {"argv": ["--allow-origin", origin]},
+            "--allow-origin: expected an origin as browsers write it, "
+            f"such as https://app.example:8443, got {origin!r}",
+        )
+        for origin in (
+            *("*", "null", "https://*.example", "app.example", "https://", "file://"),
+            *("https://app.example/", "https://app.example/x", "https://app.example?x"),
+            *("HTTPS://app.example", "https://App.example", "https://u@app.example"),
+            *("http://app.example:80", "https://app.example:443", "https://app.example:"),
+        )
+    ],
     case(
         "an alias",
         {"argv": ["--alias", "gpt-4o"]},
