@@ -7056,8 +7056,8 @@ class Server(http.server.ThreadingHTTPServer):
             raise  # which socketserver takes for nothing to do
 
     def _close_idlest(self) -> None:
-        idle = (connection for connection in self.connections if connection.idle)
-        for connection in itertools.islice(idle, 16):
+        idle = [connection for connection in self.connections if connection.idle]
+        for connection in idle[:16]:
             connection.close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
