@@ -393,6 +393,7 @@ MAX_JSON_DIGITS = 308  # of a whole number: what a double can hold, as for the o
 
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
+_HALF = re.compile(r"[\ud800-\udfff]")  # the parser joined what is a pair
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -510,7 +511,7 @@ def _whole_number(text: str) -> int:
 def _without_surrogates(value: Any) -> Any:
     """Half a surrogate pair is no character, and Anthropic refuses it: it becomes U+FFFD."""
     if isinstance(value, str):
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return _HALF.sub("\ufffd", value)
     if isinstance(value, list):
         return [_without_surrogates(item) for item in value]
     if isinstance(value, dict):
