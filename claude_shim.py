@@ -410,11 +410,11 @@ def error_from_event(event: JSON) -> UpstreamError:
 MAX_JSON_DEPTH = 200
 # 32 MiB of "[]," would become a gigabyte; a long conversation with many tools has some 10,000.
 MAX_JSON_VALUES = 500_000
-MAX_DIGITS = 308  # of a whole number: what a double can hold, as for the others
+MAX_JSON_DIGITS = 308  # of a whole number: what a double can hold, as for the others
 
-_OPENS_OR_PARTS = b"[{,"
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
+_HALF = re.compile(r"[\ud800-\udfff]")  # the parser joined what is a pair
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -425,7 +425,8 @@ def dumps(value: Any) -> bytes:
 
 def loads(body: bytes) -> Any:
     """Return the value of a JSON text in UTF-8; ValueError says in a sentence what is wrong."""
-    if sum(map(body.count, _OPENS_OR_PARTS)) > MAX_JSON_DEPTH:
+    opening = body.count(b"[") + body.count(b"{")
+    if opening > MAX_JSON_DEPTH or opening + body.count(b",") > MAX_JSON_VALUES:
         _check_structure(body)
     text = body.decode("utf-8")
     if text.startswith("\ufeff"):
@@ -487,7 +488,7 @@ def _check_structure(body: bytes) -> None:
     """Refuse what the parser would turn into far more stack or memory than it has bytes."""
     depth = values = 0
     for text in _outside_strings(body):
-        values += sum(map(text.count, _OPENS_OR_PARTS))
+        values += text.count(b"[") + text.count(b"{") + text.count(b",")
         if values > MAX_JSON_VALUES:
             raise ValueError(f"it has more than {MAX_JSON_VALUES} values")
         steps = map(_STEP.__getitem__, text.translate(None, _NOT_BRACKET))
@@ -523,7 +524,7 @@ def _finite(text: str) -> float:
 
 
 def _whole_number(text: str) -> int:
-    if len(text) > MAX_DIGITS:  # and int() of many digits takes quadratic time
+    if len(text) > MAX_JSON_DIGITS:  # and int() of many digits takes quadratic time
         raise ValueError(f"the number {text[:20]}... is too large")
     return int(text)
 
@@ -531,7 +532,7 @@ def _whole_number(text: str) -> int:
 def _without_surrogates(value: Any) -> Any:
     """Half a surrogate pair is no character, and Anthropic refuses it: it becomes U+FFFD."""
     if isinstance(value, str):
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return _HALF.sub("\ufffd", value)
     if isinstance(value, list):
         return [_without_surrogates(item) for item in value]
     if isinstance(value, dict):
@@ -5817,21 +5818,21 @@ def _http_date(second: int) -> str:
 def response_head(status: int, headers: HeaderList, second: int) -> bytes:
     """Return the bytes of a response head; control characters in values become spaces."""
     phrase = _PHRASES.get(status, "Unknown")
-    fields = [("date", _http_date(second)), *_FOR_BROWSERS, *headers]
-    if _UNSAFE_VALUE.search("".join([value for _, value in fields])):
-        fields = [(name, _UNSAFE_VALUE.sub(" ", value)) for name, value in fields]
-    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
-    return f"HTTP/1.1 {status} {phrase}\r\n{lines}\r\n".encode("latin-1", "replace")
+    if _UNSAFE_VALUE.search("".join([value for _, value in headers])):
+        headers = [(name, _UNSAFE_VALUE.sub(" ", value)) for name, value in headers]
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    top = f"HTTP/1.1 {status} {phrase}\r\ndate: {_http_date(second)}\r\n{_FOR_BROWSERS}"
+    return f"{top}{lines}\r\n".encode("latin-1", "replace")
 
 
 # An answer that a browser shows after all is no page: it is not guessed to be one, runs and loads
 # nothing, is in no frame (X-Frame-Options says less), in no foreign page, and is not kept.
-_FOR_BROWSERS = [
-    ("x-content-type-options", "nosniff"),
-    ("cache-control", "no-store"),
-    ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
-    ("cross-origin-resource-policy", "same-origin"),
-]
+_FOR_BROWSERS = (
+    "x-content-type-options: nosniff\r\n"
+    "cache-control: no-store\r\n"
+    "content-security-policy: default-src 'none'; frame-ancestors 'none'\r\n"
+    "cross-origin-resource-policy: same-origin\r\n"
+)
 _PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
 _UNSAFE_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
