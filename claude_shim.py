@@ -79,6 +79,7 @@ from typing import (
     TextIO,
     Tuple,
     Type,
+    TypeVar,
     Union,
 )
 
@@ -1231,6 +1232,11 @@ def _constrained_member(keyword: str, value: Any, gone: List[str]) -> Any:
 class Draft:
     """A Messages request in the making, and what its answer needs to know of the question."""
 
+    json_object = False  # a code fence around the whole answer is not part of the JSON
+    json_schema = False
+    explicit_cache = False  # the client marks what is to be cached
+    annotated = False  # citations may come: their offsets count every character
+
     def __init__(self, model: str, recall: Optional[Callable[[str], List[JSON]]] = None) -> None:
         self.request: JSON = {"model": model}
         self.system: List[JSON] = []
@@ -1379,6 +1385,499 @@ def _results_first(blocks: List[JSON], calls: Dict[str, str]) -> List[JSON]:
 def _stray_result(block: JSON) -> List[JSON]:
     content = block.get("content")
     return text_block(content) if isinstance(content, str) else list(content or ())
+
+
+# --- what OpenAI's two APIs share: parts and messages
+
+Handler = Callable[[Draft, Any, str], None]  # the value, and the name of the field
+DraftType = TypeVar("DraftType", bound=Draft)
+
+
+def content_blocks(draft: Draft, content: Any, path: str) -> List[JSON]:
+    """Return the content blocks of a message's `content`: a string, parts or null."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return text_block(content)
+    parts = enumerate(as_list(content, path))
+    return [b for number, part in parts for b in _part(draft, part, f"{path}.{number}")]
+
+
+def _part(draft: Draft, part: Any, path: str) -> List[JSON]:
+    part = {"type": "text", "text": part} if isinstance(part, str) else as_object(part, path)
+    type_ = part.get("type", "text")
+    convert = PARTS.get(type_) if isinstance(type_, str) else None
+    if convert is None:
+        known = ", ".join(PARTS)
+        raise RequestError(f"unknown part; expected one of {known}", param=f"{path}.type")
+    if not isinstance(part.get("cache_control"), dict) or not part["cache_control"]:
+        part = {name: value for name, value in part.items() if name != "cache_control"}
+    return marked(convert(draft, part, path), part)
+
+
+def marked(blocks: List[JSON], source: JSON) -> List[JSON]:
+    """Return `blocks`, the last with the cache mark that `source` has in either dialect."""
+    mark = source.get("cache_control")
+    breakpoint_ = source.get("prompt_cache_breakpoint")
+    if mark is None and isinstance(breakpoint_, dict):
+        mark = {"type": "ephemeral", "ttl": "1h" if breakpoint_.get("ttl") == "12h" else "5m"}
+    if not blocks or not mark or not isinstance(mark, dict) or "cache_control" in blocks[-1]:
+        return blocks
+    return [*blocks[:-1], {**blocks[-1], "cache_control": mark}]
+
+
+def _text_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    return text_block(as_text(part.get("text"), f"{path}.text"))
+
+
+def _refusal_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    return text_block(as_text(part.get("refusal"), f"{path}.refusal"))
+
+
+def _image_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, dict) else image
+    return [image_block(as_text(url, f"{path}.image_url.url"), f"{path}.image_url.url")]
+
+
+def _file_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    file = part["file"] if isinstance(part.get("file"), dict) else part
+    content = file.get("file_data") or file.get("file_url")
+    if isinstance(content, str):
+        return [document_block(content, file.get("filename"), f"{path}.file.file_data")]
+    missing = "file_data" if file.get("file_id") is None else "file_id"
+    file_id = as_text(file.get("file_id"), f"{path}.file.{missing}")
+    if not file_id.startswith("file_"):
+        message = "no such file here: send file_data, or an id from Anthropic's POST /v1/files"
+        raise RequestError(message, param=f"{path}.file.file_id")
+    return [{"type": "document", "source": {"type": "file", "file_id": file_id}}]
+
+
+def _audio_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    raise RequestError("Claude does not hear audio; send a transcript", param=path)
+
+
+def _video_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    raise RequestError("Claude does not watch video; send images of it", param=path)
+
+
+def _native_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    """A block in Anthropic's own shape, as Cursor sends for names with "claude-"."""
+    block = dict(part)
+    if isinstance(block.get("citations"), dict):
+        draft.annotated = True
+    return [block]
+
+
+def _native_call(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    name = draft.tool_name(as_text(part.get("name"), f"{path}.name"))
+    id = safe_name(as_text(part.get("id"), f"{path}.id"))
+    return [{**part, "id": id, "name": name, "input": tool_input(part.get("input"))}]
+
+
+def _native_result(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    id = safe_name(as_text(part.get("tool_use_id"), f"{path}.tool_use_id"))
+    block = {**part, "tool_use_id": id}
+    if not isinstance(part.get("content"), (str, type(None))):
+        block["content"] = content_blocks(draft, part["content"], f"{path}.content")
+    return [block]
+
+
+PARTS: Dict[str, Callable[[Draft, JSON, str], List[JSON]]] = {
+    "text": _text_part,
+    "image_url": _image_part,
+    "file": _file_part,
+    "refusal": _refusal_part,
+    "input_text": _text_part,
+    "output_text": _text_part,
+    "input_image": _image_part,
+    "input_file": _file_part,
+    "input_audio": _audio_part,
+    "video_url": _video_part,
+    "image": _native_part,
+    "document": _native_part,
+    "search_result": _native_part,
+    "thinking": _native_part,
+    "redacted_thinking": _native_part,
+    "server_tool_use": _native_part,
+    "web_search_tool_result": _native_part,
+    "web_fetch_tool_result": _native_part,
+    "container_upload": _native_part,
+    "tool_use": _native_call,
+    "tool_result": _native_result,
+}
+
+
+def system_message(draft: Draft, message: JSON, path: str) -> None:
+    """Add a system or developer message: to `system`, in its place when turns came before it."""
+    content = message.get("content")
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        if any(block["type"] != "text" for block in _part(draft, part, f"{path}.content")):
+            where = f"{path}.content.{number}"
+            raise RequestError("a system message holds text only", param=where)
+    blocks = marked(content_blocks(draft, content, f"{path}.content"), message)
+    if draft.turns:
+        draft.turns.append(("system", blocks))
+    else:
+        draft.system.extend(blocks)
+
+
+def user_message(draft: Draft, message: JSON, path: str) -> None:
+    """Add a message of the user, with the name that it may carry."""
+    blocks = content_blocks(draft, message.get("content"), f"{path}.content")
+    name = message.get("name")
+    if isinstance(name, str) and name and blocks and blocks[0]["type"] == "text":
+        blocks[0] = {**blocks[0], "text": f"{name}: {blocks[0]['text']}"}
+    draft.turns.append(("user", marked(blocks, message)))
+
+
+def tool_result(draft: Draft, id: str, content: Any, path: str) -> JSON:
+    """Return the block that answers the call `id`, from a string, parts or null."""
+    if isinstance(content, str):
+        given: Any = content if content.strip() else None
+    else:
+        given = content_blocks(draft, content, path)
+    block: JSON = {"type": "tool_result", "tool_use_id": safe_name(id or "call")}
+    return {**block, "content": given} if given else block
+
+
+# --- what OpenAI's two APIs share: tools
+
+
+def instructions(draft: Draft, value: Any, path: str) -> None:
+    """Add the first block of `system`."""
+    draft.system.extend(text_block(as_text(value, path)))
+
+
+def add_openai_tool(draft: Draft, tool: JSON, path: str) -> None:
+    """Add one tool: a function or a custom tool, nested or flat, or one in Anthropic's shape."""
+    inner = _inner(tool)
+    function = {**tool, **inner} if isinstance(inner, dict) else tool
+    path = f"{path}.{tool['type']}" if isinstance(inner, dict) else path
+    if is_server_tool(tool):
+        as_text(tool.get("name", ""), f"{path}.name")
+        draft.annotated = True
+        draft.add_tool(dict(tool))
+    elif tool.get("type") == "custom" and "input_schema" not in function:
+        draft.add_tool(marked([_custom_tool(draft, function, path)], function)[0])
+    else:
+        draft.add_tool(marked([function_tool(draft, function, path)], function)[0])
+
+
+def _inner(tool: JSON) -> Any:
+    """What a tool, or a choice of one, holds under the name of its type."""
+    type_ = tool.get("type")
+    return tool.get(type_) if isinstance(type_, str) else None
+
+
+def is_server_tool(tool: JSON) -> bool:
+    """Return whether this is one of Anthropic's: a date in its type, or a set of tools."""
+    type_ = tool.get("type")
+    return isinstance(type_, str) and bool(re.search(r"_20\d{6}$|^mcp_toolset$", type_))
+
+
+_NATIVE_TOOL_FIELDS = (
+    "input_examples",
+    "defer_loading",
+    "eager_input_streaming",
+    "allowed_callers",
+)
+
+
+def function_tool(draft: Draft, function: JSON, path: str) -> JSON:
+    """Return the tool that a function is, its name and schema made acceptable."""
+    name = as_text(function.get("name"), f"{path}.name")
+    schema = function.get("input_schema", function.get("parameters"))
+    tool: JSON = {"name": draft.tool_name(name)}
+    tool.update({k: function[k] for k in _NATIVE_TOOL_FIELDS if k in function})
+    if isinstance(function.get("description"), str) and function["description"]:
+        tool["description"] = function["description"]
+    tool["input_schema"] = tool_schema(schema, f"{path}.parameters")
+    if function.get("strict") is True:
+        tool["input_schema"], gone = output_schema(tool["input_schema"], path)
+        tool["strict"] = True
+        for keyword in gone:
+            draft.ignore(f"{path}.{keyword}")
+    return tool
+
+
+def _custom_tool(draft: Draft, tool: JSON, path: str) -> JSON:
+    """A tool of free text: Claude fills one string, the grammar goes into the description."""
+    name = as_text(tool.get("name"), f"{path}.name")
+    draft.custom_tools.append(name)
+    format = tool.get("format")
+    grammar = format.get("grammar", format) if isinstance(format, dict) else {}
+    description = str(tool.get("description") or "")
+    if isinstance(grammar, dict) and grammar.get("definition"):
+        syntax = grammar.get("syntax", "")
+        description += f"\n\nThe input must fit this {syntax} grammar:\n{grammar['definition']}"
+    return {
+        "name": draft.tool_name(name),
+        "description": description.strip() or name,
+        "input_schema": {
+            "type": "object",
+            "properties": {"input": {"type": "string"}},
+            "required": ["input"],
+        },
+    }
+
+
+_CHOICES = {"none": "none", "auto": "auto", "required": "any", "any": "any"}
+
+
+def tool_choice(draft: Draft, value: Any, path: str) -> None:
+    """Set which tools the model may or must call, from any of the dialects."""
+    if isinstance(value, str):
+        if value not in _CHOICES:
+            raise RequestError("expected none, auto, required or a tool", param=path)
+        draft.require_tools({"type": _CHOICES[value]})
+        return
+    choice = as_object(value, path)
+    if choice.get("type") == "allowed_tools":
+        _allowed_tools(draft, choice, path)
+        return
+    if choice.get("type") in ("auto", "any", "none"):
+        draft.require_tools({"type": choice["type"]})
+    if choice.get("disable_parallel_tool_use") is True:
+        parallel_tool_calls(draft, False, path)
+    if choice.get("type") not in ("auto", "any", "none"):
+        nested = isinstance(_inner(choice), dict)
+        where = f"{path}.{choice['type']}.name" if nested else f"{path}.name"
+        name = as_text(_chosen_name(choice), where)
+        tools = draft.request.get("tools", ())
+        if tools and all(tool.get("name") != safe_name(name) for tool in tools):
+            raise RequestError(f"there is no tool {name!r}", param=where)
+        draft.require_tools({"type": "tool", "name": draft.tool_name(name)})
+
+
+def _chosen_name(choice: JSON) -> Any:
+    inner = _inner(choice)
+    return (inner if isinstance(inner, dict) else choice).get("name")
+
+
+def _allowed_tools(draft: Draft, choice: JSON, path: str) -> None:
+    allowed = choice.get("allowed_tools")
+    allowed = allowed if isinstance(allowed, dict) else choice
+    tools = as_list(allowed.get("tools"), f"{path}.allowed_tools.tools")
+    names = {safe_name(str(_chosen_name(tool))) for tool in tools if isinstance(tool, dict)}
+    kept = [tool for tool in draft.request.get("tools", ()) if tool.get("name") in names]
+    if not kept:
+        raise RequestError("none of these tools is given", param=f"{path}.allowed_tools.tools")
+    draft.request["tools"] = kept
+    draft.require_tools({"type": "any" if allowed.get("mode") == "required" else "auto"})
+
+
+def parallel_tool_calls(draft: Draft, value: Any, path: str) -> None:
+    """Allow one call at a time only, if `value` is false."""
+    choice = draft.request.get("tool_choice", {"type": "auto"})
+    if not as_boolean(value, path) and choice["type"] != "none":
+        draft.request["tool_choice"] = {**choice, "disable_parallel_tool_use": True}
+
+
+def web_search(draft: Draft, value: Any, path: str) -> None:
+    """Add Anthropic's web search, with the place and the domains that OpenAI's options name."""
+    options = as_object(value, path)
+    tool: JSON = {"type": "web_search_20250305", "name": "web_search"}
+    location = options.get("user_location")
+    if isinstance(location, dict):
+        place = location.get("approximate")
+        place = place if isinstance(place, dict) else location
+        fields = ("city", "region", "country", "timezone")
+        known = {name: place[name] for name in fields if isinstance(place.get(name), str)}
+        tool["user_location"] = {"type": "approximate", **known}
+    domains = object_or_empty(options.get("filters")).get("allowed_domains")
+    if domains:
+        tool["allowed_domains"] = as_list(domains, f"{path}.filters.allowed_domains")
+    if options.get("search_context_size") not in (None, "medium"):
+        draft.ignore(f"{path}.search_context_size")
+    draft.annotated = True
+    draft.add_tool(tool)
+
+
+# --- what OpenAI's two APIs share: fields
+
+
+def copied(check: Callable[[Any, str], Any]) -> Handler:
+    """Return what copies a field that Anthropic takes by the same name, its type checked."""
+
+    def copy(draft: Draft, value: Any, path: str) -> None:
+        draft.request[path] = check(value, path)
+
+    return copy
+
+
+def _cache_control(draft: Draft, value: Any, path: str) -> None:
+    if as_object(value, path):
+        draft.request[path] = value
+
+
+def _text_or_object(value: Any, path: str) -> Any:
+    return value if isinstance(value, str) else as_object(value, path)
+
+
+def _max_tokens(draft: Draft, value: Any, path: str) -> None:
+    limit = as_positive_integer(value, path)
+    draft.request.setdefault("max_tokens", limit)
+
+
+def _temperature(draft: Draft, value: Any, path: str) -> None:
+    draft.request["temperature"] = max(0, min(1, as_number(value, path)))
+
+
+def _top_p(draft: Draft, value: Any, path: str) -> None:
+    if as_number(value, path) != 1:
+        draft.request["top_p"] = value
+
+
+def output_format(draft: Draft, value: Any, path: str) -> None:
+    """Ask for JSON: by a schema, constrained, or by an instruction."""
+    format = as_object(value, path)
+    if format.get("type") == "json_object":
+        draft.json_object = True
+        text = "Answer with one JSON object and nothing else: no other text, no code fence."
+        draft.system.append({"type": "text", "text": text})
+    elif format.get("type") == "json_schema":
+        nested = "json_schema" in format
+        where = f"{path}.json_schema" if nested else path
+        _json_schema(draft, as_object(format["json_schema"] if nested else format, where), where)
+    elif format.get("type") != "text":
+        message = "expected text, json_object or json_schema"
+        raise RequestError(message, param=f"{path}.type")
+
+
+def _json_schema(draft: Draft, format: JSON, path: str) -> None:
+    schema, gone = output_schema(format.get("schema"), f"{path}.schema")
+    for keyword in gone:
+        draft.ignore(f"{path.partition('.json_schema')[0]}.{keyword}")
+    if format.get("description"):
+        draft.ignore(f"{path}.description")
+    draft.json_schema = True
+    _output_config(draft, {"format": {"type": "json_schema", "schema": schema}}, "output_config")
+
+
+def _output_config(draft: Draft, value: Any, path: str) -> None:
+    config = as_object(value, path)
+    if config.get("effort") is not None:
+        as_text(config["effort"], f"{path}.effort")
+    if config.get("format") is not None:
+        as_object(config["format"], f"{path}.format")
+    draft.request["output_config"] = {**draft.request.get("output_config", {}), **config}
+
+
+_EFFORTS = {
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "xhigh",
+    "max": "max",
+}
+
+
+def reasoning_effort(draft: Draft, value: Any, path: str) -> None:
+    """Set effort and thinking; thoughts are shown unless `thinking` is set already."""
+    effort = as_text(value, path)
+    if effort == "none":
+        draft.request["thinking"] = {"type": "disabled"}
+        return
+    if effort in _EFFORTS:
+        _output_config(draft, {"effort": _EFFORTS[effort]}, path)
+    else:
+        draft.ignore(path)
+    draft.request.setdefault("thinking", dict(SHOWN_THINKING))
+
+
+SHOWN_THINKING = {"type": "adaptive", "display": "summarized"}
+
+
+def _thinking(draft: Draft, value: Any, path: str) -> None:
+    thinking = as_object(value, path)
+    as_text(thinking.get("type"), f"{path}.type")
+    draft.request["thinking"] = dict(thinking)
+    if thinking.get("budget_tokens") is not None:
+        budget = as_positive_integer(thinking["budget_tokens"], f"{path}.budget_tokens")
+        draft.request["thinking"]["budget_tokens"] = budget
+
+
+def _user(draft: Draft, value: Any, path: str) -> None:
+    """Anthropic wants an opaque id here, and no address."""
+    id = as_text(value, path)
+    if "@" in id or len(id) > 256:
+        id = hashlib.sha256(id.encode("utf-8", "replace")).hexdigest()
+    draft.request.setdefault("metadata", {"user_id": id})
+
+
+def _prompt_cache_options(draft: Draft, value: Any, path: str) -> None:
+    draft.explicit_cache = as_object(value, path).get("mode") == "explicit"
+
+
+def _betas(draft: Draft, value: Any, path: str) -> None:
+    names = value.split(",") if isinstance(value, str) else as_list(value, path)
+    for name in names:
+        if not re.fullmatch(r"\s*[A-Za-z0-9._-]+\s*", as_text(name, path)):
+            raise RequestError("not the name of a beta", param=path)
+        draft.betas.append(name.strip())
+
+
+def _seen_elsewhere(draft: Draft, value: Any, path: str) -> None:
+    """`model` and `stream` are read before the conversion."""
+
+
+# Field -> what becomes of it, and how; for both APIs. What comes first wins.
+SHARED_FIELDS: Dict[str, Tuple[str, Handler]] = {
+    "model": ("`model`, by alias or as it is", _seen_elsewhere),
+    "stream": ("stream or one answer; upstream is always streamed", _seen_elsewhere),
+    "max_output_tokens": ("`max_tokens`; without it, all that the model has", _max_tokens),
+    "max_tokens": ("the same; without it, all that the model has", _max_tokens),
+    "temperature": ("the same, at most 1; left out where the model refuses it", _temperature),
+    "top_p": ("the same; left out where the model refuses it", _top_p),
+    "top_k": ("the same; left out where the model refuses it", copied(as_positive_integer)),
+    "tool_choice": ("`tool_choice`; a request in words where forcing is refused", tool_choice),
+    "parallel_tool_calls": ("`disable_parallel_tool_use`", parallel_tool_calls),
+    "output_config": ("the same", _output_config),
+    "thinking": ("the same, as far as the model takes it", _thinking),
+    "safety_identifier": ("`metadata.user_id`, hashed if it is an address", _user),
+    "user": ("`metadata.user_id`, hashed if it is an address", _user),
+    "prompt_cache_options": (
+        "explicit: only the parts marked by the client are cached",
+        _prompt_cache_options,
+    ),
+    "cache_control": ("the same", _cache_control),
+    "container": ("the same", copied(_text_or_object)),
+    "mcp_servers": ("the same", copied(as_list)),
+    "betas": ("header `anthropic-beta`", _betas),
+    "anthropic_beta": ("header `anthropic-beta`", _betas),
+}
+
+
+_ASKS_FOR_NOTHING: Tuple[Any, ...] = (None, False, 0, "", "auto", "default")
+
+
+def _asks(field: str, value: Any) -> bool:
+    if field == "seed":
+        return value is not None
+    return bool(value) and value not in _ASKS_FOR_NOTHING
+
+
+def read_fields(
+    draft: DraftType,
+    body: JSON,
+    mapped: Dict[str, Tuple[str, Callable[[DraftType, Any, str], None]]],
+    rejected: Dict[str, Tuple[str, Callable[[Any], bool]]],
+) -> None:
+    """Take the mapped fields, in the order of their table, into `draft`; note others as ignored.
+
+    RequestError, with the reason, if a value of `rejected` is used.
+    """
+    for field, (reason, used) in rejected.items():
+        if used(body.get(field)):
+            raise RequestError(reason, param=field)
+    for field, (_, read) in mapped.items():
+        if body.get(field) is not None:
+            read(draft, body[field], field)
+    for field in body:
+        if field not in mapped and field not in rejected and _asks(field, body[field]):
+            draft.ignore(field)
 
 
 # --- the rules of a model
@@ -2058,6 +2557,95 @@ def _summed_usage(one: JSON, other: JSON) -> JSON:
     return total
 
 
+# --- what OpenAI's two APIs share: answers
+
+
+DECLINED = "The model declined to answer."
+
+
+def refusal_text(message: JSON) -> str:
+    """Return upstream's explanation of a refusal, or a plain sentence when it gives none."""
+    details = message.get("stop_details")
+    explanation = details.get("explanation") if isinstance(details, dict) else None
+    return explanation if isinstance(explanation, str) and explanation else DECLINED
+
+
+def custom_input(block: JSON) -> str:
+    """Return the free text that a custom tool is called with."""
+    given = block.get("input")
+    text = given.get("input") if isinstance(given, dict) else None
+    return text if isinstance(text, str) else str(block.get("partial_json") or "")
+
+
+def url_citations(blocks: Iterable[JSON]) -> List[JSON]:
+    """Return the web citations of text blocks; offsets count code points of the joined text."""
+    found: List[JSON] = []
+    start = 0
+    for block in blocks:
+        if block.get("type") != "text":
+            continue
+        end = start + len(str(block.get("text", "")))
+        for citation in block.get("citations") or ():
+            url = _cited_url(citation)
+            if url:
+                title = str(citation.get("title") or url)
+                found.append({"start_index": start, "end_index": end, "title": title, "url": url})
+        start = end
+    return found
+
+
+def _cited_url(citation: Any) -> str:
+    url = citation.get("url") or citation.get("source") if isinstance(citation, dict) else None
+    return url if isinstance(url, str) else ""
+
+
+class Unfenced:
+    """Takes one Markdown code fence away that encloses a whole text: `feed` pieces, then `end`.
+
+    The one place where the model's words are touched: a client that asked for a JSON object cannot
+    parse the fence that models like to put around it.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._opened: Optional[bool] = None  # None until the start is known
+
+    def whole(self, text: str) -> List[str]:
+        """Return the pieces of a text that is there at once."""
+        return [self.feed(text), self.end()]
+
+    def feed(self, piece: str) -> str:
+        """Return what is certain to stay."""
+        self._held += piece
+        if self._opened is None and not self._start_known():
+            return ""
+        if not self._opened:
+            return self._taken(len(self._held))
+        tail = re.search(r"\s*`{0,3}\s*\Z", self._held)
+        return self._taken(tail.start() if tail else len(self._held))
+
+    def end(self) -> str:
+        """Return what was held back and stays after all."""
+        if self._opened:
+            return re.sub(r"\s*```\s*\Z", "", self._held)
+        return self._held
+
+    def _start_known(self) -> bool:
+        start = self._held.lstrip()
+        if len(start) < 3 and "```".startswith(start):
+            return False
+        if not start.startswith("```"):
+            self._opened = False
+        elif "\n" in start:
+            self._opened = True
+            self._held = start.partition("\n")[2]
+        return self._opened is not None
+
+    def _taken(self, end: int) -> str:
+        taken, self._held = self._held[:end], self._held[end:]
+        return taken
+
+
 # ----------------------------------------------------------------------
 # 6. Chat Completions <-> Messages                       uses: 0 1 2 4 5
 # ----------------------------------------------------------------------
@@ -2072,158 +2660,18 @@ class ChatDraft(Draft):
     """A request from a chat completion, with what its answer must look like."""
 
     legacy = False  # the client knows `function_call`, not `tool_calls`
-    json_object = False  # a code fence around the whole answer is not part of the JSON
-    json_schema = False
     include_usage = False
-    explicit_cache = False  # the client marks what is to be cached
-    annotated = False  # citations may come: their offsets count every character
     n = 1
 
 
 # --- content
 
 
-def chat_content(draft: ChatDraft, content: Any, path: str) -> List[JSON]:
-    """Return the content blocks of a chat message's `content`: a string, parts or null."""
-    if content is None:
-        return []
-    if isinstance(content, str):
-        return text_block(content)
-    parts = enumerate(as_list(content, path))
-    return [b for number, part in parts for b in _chat_part(draft, part, f"{path}.{number}")]
-
-
-def _chat_part(draft: ChatDraft, part: Any, path: str) -> List[JSON]:
-    part = {"type": "text", "text": part} if isinstance(part, str) else as_object(part, path)
-    type_ = part.get("type", "text")
-    convert = CHAT_PARTS.get(type_) if isinstance(type_, str) else None
-    if convert is None:
-        known = ", ".join(CHAT_PARTS)
-        raise RequestError(f"unknown part; expected one of {known}", param=f"{path}.type")
-    if not isinstance(part.get("cache_control"), dict) or not part["cache_control"]:
-        part = {name: value for name, value in part.items() if name != "cache_control"}
-    return _marked(convert(draft, part, path), part)
-
-
-def _marked(blocks: List[JSON], source: JSON) -> List[JSON]:
-    """Carry a cache mark, in either dialect, to the last of the blocks made from `source`."""
-    mark = source.get("cache_control")
-    breakpoint_ = source.get("prompt_cache_breakpoint")
-    if mark is None and isinstance(breakpoint_, dict):
-        mark = {"type": "ephemeral", "ttl": "1h" if breakpoint_.get("ttl") == "12h" else "5m"}
-    if not blocks or not mark or not isinstance(mark, dict) or "cache_control" in blocks[-1]:
-        return blocks
-    return [*blocks[:-1], {**blocks[-1], "cache_control": mark}]
-
-
-def _text_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    return text_block(as_text(part.get("text"), f"{path}.text"))
-
-
-def _refusal_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    return text_block(as_text(part.get("refusal"), f"{path}.refusal"))
-
-
-def _image_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    image = part.get("image_url")
-    url = image.get("url") if isinstance(image, dict) else image
-    return [image_block(as_text(url, f"{path}.image_url.url"), f"{path}.image_url.url")]
-
-
-def _file_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    file = part["file"] if isinstance(part.get("file"), dict) else part
-    content = file.get("file_data") or file.get("file_url")
-    if isinstance(content, str):
-        return [document_block(content, file.get("filename"), f"{path}.file.file_data")]
-    missing = "file_data" if file.get("file_id") is None else "file_id"
-    file_id = as_text(file.get("file_id"), f"{path}.file.{missing}")
-    if not file_id.startswith("file_"):
-        message = "no such file here: send file_data, or an id from Anthropic's POST /v1/files"
-        raise RequestError(message, param=f"{path}.file.file_id")
-    return [{"type": "document", "source": {"type": "file", "file_id": file_id}}]
-
-
-def _audio_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    raise RequestError("Claude does not hear audio; send a transcript", param=path)
-
-
-def _video_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    raise RequestError("Claude does not watch video; send images of it", param=path)
-
-
-def _native_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    """A block in Anthropic's own shape, as Cursor sends for names with "claude-"."""
-    block = dict(part)
-    if isinstance(block.get("citations"), dict):
-        draft.annotated = True
-    return [block]
-
-
-def _native_call(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    name = draft.tool_name(as_text(part.get("name"), f"{path}.name"))
-    id = safe_name(as_text(part.get("id"), f"{path}.id"))
-    return [{**part, "id": id, "name": name, "input": tool_input(part.get("input"))}]
-
-
-def _native_result(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    id = safe_name(as_text(part.get("tool_use_id"), f"{path}.tool_use_id"))
-    block = {**part, "tool_use_id": id}
-    if not isinstance(part.get("content"), (str, type(None))):
-        block["content"] = chat_content(draft, part["content"], f"{path}.content")
-    return [block]
-
-
-CHAT_PARTS: Dict[str, Callable[[ChatDraft, JSON, str], List[JSON]]] = {
-    "text": _text_part,
-    "image_url": _image_part,
-    "file": _file_part,
-    "refusal": _refusal_part,
-    "input_text": _text_part,
-    "output_text": _text_part,
-    "input_image": _image_part,
-    "input_file": _file_part,
-    "input_audio": _audio_part,
-    "video_url": _video_part,
-    "image": _native_part,
-    "document": _native_part,
-    "search_result": _native_part,
-    "thinking": _native_part,
-    "redacted_thinking": _native_part,
-    "server_tool_use": _native_part,
-    "web_search_tool_result": _native_part,
-    "web_fetch_tool_result": _native_part,
-    "container_upload": _native_part,
-    "tool_use": _native_call,
-    "tool_result": _native_result,
-}
-
-
 # --- messages
 
 
-def _system_message(draft: ChatDraft, message: JSON, path: str) -> None:
-    content = message.get("content")
-    for number, part in enumerate(content if isinstance(content, list) else ()):
-        if any(block["type"] != "text" for block in _chat_part(draft, part, f"{path}.content")):
-            where = f"{path}.content.{number}"
-            raise RequestError("a system message holds text only", param=where)
-    blocks = _marked(chat_content(draft, content, f"{path}.content"), message)
-    if draft.turns:
-        draft.turns.append(("system", blocks))
-    else:
-        draft.system.extend(blocks)
-
-
-def _user_message(draft: ChatDraft, message: JSON, path: str) -> None:
-    blocks = chat_content(draft, message.get("content"), f"{path}.content")
-    name = message.get("name")
-    if isinstance(name, str) and name and blocks and blocks[0]["type"] == "text":
-        blocks[0] = {**blocks[0], "text": f"{name}: {blocks[0]['text']}"}
-    draft.turns.append(("user", _marked(blocks, message)))
-
-
 def _assistant_message(draft: ChatDraft, message: JSON, path: str) -> None:
-    blocks = chat_content(draft, message.get("content"), f"{path}.content")
+    blocks = content_blocks(draft, message.get("content"), f"{path}.content")
     refusal = message.get("refusal")
     if isinstance(refusal, str):
         blocks.extend(text_block(refusal))
@@ -2234,10 +2682,10 @@ def _assistant_message(draft: ChatDraft, message: JSON, path: str) -> None:
         as_list(calls, f"{path}.tool_calls") if calls is not None else ()
     ):
         where = f"{path}.tool_calls.{number}"
-        blocks.extend(_marked([_tool_use(draft, as_object(call, where), where)], call))
+        blocks.extend(marked([_tool_use(draft, as_object(call, where), where)], call))
     if message.get("function_call") is not None:
         blocks.append(_legacy_call(draft, message["function_call"], f"{path}.function_call"))
-    draft.turns.append(("assistant", _marked(_with_thinking(draft, blocks, message), message)))
+    draft.turns.append(("assistant", marked(_with_thinking(draft, blocks, message), message)))
 
 
 def _with_thinking(draft: ChatDraft, blocks: List[JSON], message: JSON) -> List[JSON]:
@@ -2303,31 +2751,25 @@ def _legacy_call(draft: ChatDraft, call: Any, path: str) -> JSON:
 
 def _tool_message(draft: ChatDraft, message: JSON, path: str) -> None:
     id = as_text(message.get("tool_call_id"), f"{path}.tool_call_id")
-    draft.turns.append(("user", _marked([_tool_result(draft, message, path, id)], message)))
+    block = tool_result(draft, id, message.get("content"), f"{path}.content")
+    if message.get("is_error") is True:
+        block["is_error"] = True
+    draft.turns.append(("user", marked([block], message)))
 
 
 def _function_message(draft: ChatDraft, message: JSON, path: str) -> None:
     name = draft.tool_name(as_text(message.get("name"), f"{path}.name"))
     blocks = (block for _, turn in reversed(draft.turns) for block in turn)
     calls = (b["id"] for b in blocks if b["type"] == "tool_use" and b["name"] == name)
-    draft.turns.append(("user", [_tool_result(draft, message, path, next(calls, "call_fn"))]))
-
-
-def _tool_result(draft: ChatDraft, message: JSON, path: str, id: str) -> JSON:
-    block: JSON = {"type": "tool_result", "tool_use_id": safe_name(id or "call")}
     content = message.get("content")
-    if isinstance(content, str):
-        block.update({"content": content} if content.strip() else {})
-    else:
-        parts = chat_content(draft, content, f"{path}.content")
-        block.update({"content": parts} if parts else {})
-    return {**block, "is_error": True} if message.get("is_error") is True else block
+    block = tool_result(draft, next(calls, "call_fn"), content, f"{path}.content")
+    draft.turns.append(("user", [block]))
 
 
 CHAT_ROLES: Dict[str, Callable[[ChatDraft, JSON, str], None]] = {
-    "system": _system_message,
-    "developer": _system_message,
-    "user": _user_message,
+    "system": system_message,
+    "developer": system_message,
+    "user": user_message,
     "assistant": _assistant_message,
     "tool": _tool_message,
     "function": _function_message,
@@ -2366,203 +2808,33 @@ def _input(draft: ChatDraft, value: Any, path: str) -> None:
     _messages(draft, messages, path)
 
 
-def _instructions(draft: ChatDraft, value: Any, path: str) -> None:
-    draft.system.extend(text_block(as_text(value, path)))
-
-
 # --- tools
 
 
 def _tools(draft: ChatDraft, value: Any, path: str) -> None:
     for number, tool in enumerate(as_list(value, path)):
         where = f"{path}.{number}"
-        tool = as_object(tool, where)
-        inner = _inner(tool)
-        function = {**tool, **inner} if isinstance(inner, dict) else tool
-        where = f"{where}.{tool['type']}" if isinstance(inner, dict) else where
-        if _is_server_tool(tool):
-            as_text(tool.get("name", ""), f"{where}.name")
-            draft.annotated = True
-            draft.add_tool(dict(tool))
-        elif tool.get("type") == "custom" and "input_schema" not in function:
-            draft.add_tool(_marked([_custom_tool(draft, function, where)], function)[0])
-        else:
-            draft.add_tool(_marked([_function_tool(draft, function, where)], function)[0])
-
-
-def _inner(tool: JSON) -> Any:
-    """What a tool, or a choice of one, holds under the name of its type."""
-    type_ = tool.get("type")
-    return tool.get(type_) if isinstance(type_, str) else None
-
-
-def _is_server_tool(tool: JSON) -> bool:
-    """Anthropic's own tools carry a date in their type, or configure a set of tools."""
-    type_ = tool.get("type")
-    return isinstance(type_, str) and bool(re.search(r"_20\d{6}$|^mcp_toolset$", type_))
-
-
-_NATIVE_TOOL_FIELDS = (
-    "input_examples",
-    "defer_loading",
-    "eager_input_streaming",
-    "allowed_callers",
-)
-
-
-def _function_tool(draft: ChatDraft, function: JSON, path: str) -> JSON:
-    name = as_text(function.get("name"), f"{path}.name")
-    schema = function.get("input_schema", function.get("parameters"))
-    tool: JSON = {"name": draft.tool_name(name)}
-    tool.update({k: function[k] for k in _NATIVE_TOOL_FIELDS if k in function})
-    if isinstance(function.get("description"), str) and function["description"]:
-        tool["description"] = function["description"]
-    tool["input_schema"] = tool_schema(schema, f"{path}.parameters")
-    if function.get("strict") is True:
-        tool["input_schema"], gone = output_schema(tool["input_schema"], path)
-        tool["strict"] = True
-        for keyword in gone:
-            draft.ignore(f"{path}.{keyword}")
-    return tool
-
-
-def _custom_tool(draft: ChatDraft, tool: JSON, path: str) -> JSON:
-    """A tool of free text: Claude fills one string, the grammar goes into the description."""
-    name = as_text(tool.get("name"), f"{path}.name")
-    draft.custom_tools.append(name)
-    format = tool.get("format")
-    grammar = format.get("grammar", format) if isinstance(format, dict) else {}
-    description = str(tool.get("description") or "")
-    if isinstance(grammar, dict) and grammar.get("definition"):
-        syntax = grammar.get("syntax", "")
-        description += f"\n\nThe input must fit this {syntax} grammar:\n{grammar['definition']}"
-    return {
-        "name": draft.tool_name(name),
-        "description": description.strip() or name,
-        "input_schema": {
-            "type": "object",
-            "properties": {"input": {"type": "string"}},
-            "required": ["input"],
-        },
-    }
+        add_openai_tool(draft, as_object(tool, where), where)
 
 
 def _functions(draft: ChatDraft, value: Any, path: str) -> None:
     draft.legacy = True
     for number, function in enumerate(as_list(value, path)):
         where = f"{path}.{number}"
-        draft.add_tool(_function_tool(draft, as_object(function, where), where))
-    _parallel_tool_calls(draft, False, path)  # the old answer has room for one call
-
-
-_CHOICES = {"none": "none", "auto": "auto", "required": "any", "any": "any"}
-
-
-def _tool_choice(draft: ChatDraft, value: Any, path: str) -> None:
-    if isinstance(value, str):
-        if value not in _CHOICES:
-            raise RequestError("expected none, auto, required or a tool", param=path)
-        draft.require_tools({"type": _CHOICES[value]})
-        return
-    choice = as_object(value, path)
-    if choice.get("type") == "allowed_tools":
-        _allowed_tools(draft, choice, path)
-        return
-    if choice.get("type") in ("auto", "any", "none"):
-        draft.require_tools({"type": choice["type"]})
-    if choice.get("disable_parallel_tool_use") is True:
-        _parallel_tool_calls(draft, False, path)
-    if choice.get("type") not in ("auto", "any", "none"):
-        nested = isinstance(_inner(choice), dict)
-        where = f"{path}.{choice['type']}.name" if nested else f"{path}.name"
-        name = as_text(_chosen_name(choice), where)
-        tools = draft.request.get("tools", ())
-        if tools and all(tool.get("name") != safe_name(name) for tool in tools):
-            raise RequestError(f"there is no tool {name!r}", param=where)
-        draft.require_tools({"type": "tool", "name": draft.tool_name(name)})
-
-
-def _chosen_name(choice: JSON) -> Any:
-    inner = _inner(choice)
-    return (inner if isinstance(inner, dict) else choice).get("name")
-
-
-def _allowed_tools(draft: ChatDraft, choice: JSON, path: str) -> None:
-    allowed = choice.get("allowed_tools")
-    allowed = allowed if isinstance(allowed, dict) else choice
-    tools = as_list(allowed.get("tools"), f"{path}.allowed_tools.tools")
-    names = {safe_name(str(_chosen_name(tool))) for tool in tools if isinstance(tool, dict)}
-    kept = [tool for tool in draft.request.get("tools", ()) if tool.get("name") in names]
-    if not kept:
-        raise RequestError("none of these tools is given", param=f"{path}.allowed_tools.tools")
-    draft.request["tools"] = kept
-    draft.require_tools({"type": "any" if allowed.get("mode") == "required" else "auto"})
+        draft.add_tool(function_tool(draft, as_object(function, where), where))
+    parallel_tool_calls(draft, False, path)  # the old answer has room for one call
 
 
 def _function_call(draft: ChatDraft, value: Any, path: str) -> None:
     draft.legacy = True
     if isinstance(value, str):
-        _tool_choice(draft, value, path)
+        tool_choice(draft, value, path)
     else:
         named = {**as_object(value, path), "type": "function"}
-        _tool_choice(draft, named, path)
-
-
-def _parallel_tool_calls(draft: ChatDraft, value: Any, path: str) -> None:
-    choice = draft.request.get("tool_choice", {"type": "auto"})
-    if not as_boolean(value, path) and choice["type"] != "none":
-        draft.request["tool_choice"] = {**choice, "disable_parallel_tool_use": True}
-
-
-def _web_search_options(draft: ChatDraft, value: Any, path: str) -> None:
-    options = as_object(value, path)
-    tool: JSON = {"type": "web_search_20250305", "name": "web_search"}
-    location = options.get("user_location")
-    if isinstance(location, dict):
-        place = location.get("approximate")
-        place = place if isinstance(place, dict) else location
-        fields = ("city", "region", "country", "timezone")
-        known = {name: place[name] for name in fields if isinstance(place.get(name), str)}
-        tool["user_location"] = {"type": "approximate", **known}
-    if options.get("search_context_size") not in (None, "medium"):
-        draft.ignore(f"{path}.search_context_size")
-    draft.annotated = True
-    draft.add_tool(tool)
+        tool_choice(draft, named, path)
 
 
 # --- the other fields
-
-
-def _copied(check: Callable[[Any, str], Any]) -> ChatHandler:
-    """A field that Anthropic takes under the same name, once its type is checked."""
-
-    def copy(draft: ChatDraft, value: Any, path: str) -> None:
-        draft.request[path] = check(value, path)
-
-    return copy
-
-
-def _cache_control(draft: ChatDraft, value: Any, path: str) -> None:
-    if as_object(value, path):
-        draft.request[path] = value
-
-
-def _text_or_object(value: Any, path: str) -> Any:
-    return value if isinstance(value, str) else as_object(value, path)
-
-
-def _max_tokens(draft: ChatDraft, value: Any, path: str) -> None:
-    limit = as_positive_integer(value, path)
-    draft.request.setdefault("max_tokens", limit)
-
-
-def _temperature(draft: ChatDraft, value: Any, path: str) -> None:
-    draft.request["temperature"] = max(0, min(1, as_number(value, path)))
-
-
-def _top_p(draft: ChatDraft, value: Any, path: str) -> None:
-    if as_number(value, path) != 1:
-        draft.request["top_p"] = value
 
 
 def _stop(draft: ChatDraft, value: Any, path: str) -> None:
@@ -2588,154 +2860,42 @@ def _stream_options(draft: ChatDraft, value: Any, path: str) -> None:
     draft.include_usage = as_object(value, path).get("include_usage") is True
 
 
-def _response_format(draft: ChatDraft, value: Any, path: str) -> None:
-    format = as_object(value, path)
-    if format.get("type") == "json_object":
-        draft.json_object = True
-        text = "Answer with one JSON object and nothing else: no other text, no code fence."
-        draft.system.append({"type": "text", "text": text})
-    elif format.get("type") == "json_schema":
-        _json_schema(draft, as_object(format.get("json_schema", format), f"{path}.json_schema"))
-    elif format.get("type") != "text":
-        message = "expected text, json_object or json_schema"
-        raise RequestError(message, param=f"{path}.type")
-
-
-def _json_schema(draft: ChatDraft, format: JSON) -> None:
-    path = "response_format.json_schema.schema"
-    schema, gone = output_schema(format.get("schema"), path)
-    for keyword in gone:
-        draft.ignore(f"response_format.{keyword}")
-    if format.get("description"):
-        draft.ignore("response_format.json_schema.description")
-    draft.json_schema = True
-    _output_config(draft, {"format": {"type": "json_schema", "schema": schema}}, "output_config")
-
-
-def _output_config(draft: ChatDraft, value: Any, path: str) -> None:
-    config = as_object(value, path)
-    if config.get("effort") is not None:
-        as_text(config["effort"], f"{path}.effort")
-    if config.get("format") is not None:
-        as_object(config["format"], f"{path}.format")
-    draft.request["output_config"] = {**draft.request.get("output_config", {}), **config}
-
-
-_EFFORTS = {
-    "minimal": "low",
-    "low": "low",
-    "medium": "medium",
-    "high": "high",
-    "xhigh": "xhigh",
-    "max": "max",
-}
-
-
-def _reasoning_effort(draft: ChatDraft, value: Any, path: str) -> None:
-    effort = as_text(value, path)
-    if effort == "none":
-        draft.request["thinking"] = {"type": "disabled"}
-        return
-    if effort in _EFFORTS:
-        _output_config(draft, {"effort": _EFFORTS[effort]}, path)
-    else:
-        draft.ignore(path)
-    draft.request.setdefault("thinking", dict(_SHOWN_THINKING))
-
-
-_SHOWN_THINKING = {"type": "adaptive", "display": "summarized"}
-
-
 def _reasoning(draft: ChatDraft, value: Any, path: str) -> None:
     """OpenRouter's form: an effort, or a budget of tokens, or just on and off."""
     reasoning = as_object(value, path)
     if reasoning.get("enabled") is False:
-        _reasoning_effort(draft, "none", path)
+        reasoning_effort(draft, "none", path)
     elif reasoning.get("effort") is not None:
-        _reasoning_effort(draft, reasoning["effort"], f"{path}.effort")
+        reasoning_effort(draft, reasoning["effort"], f"{path}.effort")
     elif reasoning.get("max_tokens") is not None:
         budget = as_positive_integer(reasoning["max_tokens"], f"{path}.max_tokens")
         draft.request["thinking"] = {"type": "enabled", "budget_tokens": max(1024, budget)}
     elif reasoning:
-        draft.request["thinking"] = dict(_SHOWN_THINKING)
+        draft.request["thinking"] = dict(SHOWN_THINKING)
     thinking = draft.request.get("thinking", {})
     if reasoning.get("exclude") is True and thinking.get("type") == "adaptive":
         draft.request["thinking"] = {**thinking, "display": "omitted"}
 
 
-def _thinking(draft: ChatDraft, value: Any, path: str) -> None:
-    thinking = as_object(value, path)
-    as_text(thinking.get("type"), f"{path}.type")
-    draft.request["thinking"] = dict(thinking)
-    if thinking.get("budget_tokens") is not None:
-        budget = as_positive_integer(thinking["budget_tokens"], f"{path}.budget_tokens")
-        draft.request["thinking"]["budget_tokens"] = budget
-
-
-def _user(draft: ChatDraft, value: Any, path: str) -> None:
-    """Anthropic wants an opaque id here, and no address."""
-    id = as_text(value, path)
-    if "@" in id or len(id) > 256:
-        id = hashlib.sha256(id.encode("utf-8", "replace")).hexdigest()
-    draft.request.setdefault("metadata", {"user_id": id})
-
-
-def _prompt_cache_options(draft: ChatDraft, value: Any, path: str) -> None:
-    draft.explicit_cache = as_object(value, path).get("mode") == "explicit"
-
-
-def _betas(draft: ChatDraft, value: Any, path: str) -> None:
-    names = value.split(",") if isinstance(value, str) else as_list(value, path)
-    for name in names:
-        if not re.fullmatch(r"\s*[A-Za-z0-9._-]+\s*", as_text(name, path)):
-            raise RequestError("not the name of a beta", param=path)
-        draft.betas.append(name.strip())
-
-
-def _seen_elsewhere(draft: ChatDraft, value: Any, path: str) -> None:
-    """`model` and `stream` are read before the conversion."""
-
-
 # Field -> what becomes of it, and how. The order matters: what comes first wins, and a choice of
 # tools needs the tools.
 CHAT_REQUEST: Dict[str, Tuple[str, ChatHandler]] = {
-    "model": ("`model`, by alias or as it is", _seen_elsewhere),
-    "instructions": ("the first block of `system`, beside `input`", _instructions),
+    "instructions": ("the first block of `system`, beside `input`", instructions),
     "messages": ("`system` and `messages`", _messages),
     "input": ("`messages`, for clients that send Responses items here", _input),
-    "stream": ("stream or one answer; upstream is always streamed", _seen_elsewhere),
     "stream_options": ("`include_usage`: a last chunk with usage", _stream_options),
-    "max_completion_tokens": ("`max_tokens`", _max_tokens),
-    "max_tokens": ("`max_tokens`; without either, all that the model has", _max_tokens),
-    "max_output_tokens": ("`max_tokens`, beside `input`", _max_tokens),
-    "temperature": ("the same, at most 1; left out where the model refuses it", _temperature),
-    "top_p": ("the same; left out where the model refuses it", _top_p),
-    "top_k": ("the same; left out where the model refuses it", _copied(as_positive_integer)),
+    "max_completion_tokens": ("`max_tokens`", SHARED_FIELDS["max_tokens"][1]),
     "stop": ("`stop_sequences`, without blank ones", _stop),
     "n": ("that many requests upstream; only 1 with `stream`", _n),
     "tools": ("`tools`; names and schemas made acceptable", _tools),
     "functions": ("`tools`, answered as `function_call`", _functions),
-    "web_search_options": ("the `web_search` tool, with citations", _web_search_options),
-    "tool_choice": ("`tool_choice`; a request in words where forcing is refused", _tool_choice),
+    "web_search_options": ("the `web_search` tool, with citations", web_search),
     "function_call": ("`tool_choice`", _function_call),
-    "parallel_tool_calls": ("`disable_parallel_tool_use`", _parallel_tool_calls),
-    "response_format": ("`output_config.format`; json_object as an instruction", _response_format),
-    "output_config": ("the same", _output_config),
-    "reasoning_effort": ("`output_config.effort` and `thinking`", _reasoning_effort),
+    "response_format": ("`output_config.format`; json_object as an instruction", output_format),
+    "reasoning_effort": ("`output_config.effort` and `thinking`", reasoning_effort),
     "reasoning": ("`output_config.effort` and `thinking`", _reasoning),
-    "thinking": ("the same, as far as the model takes it", _thinking),
-    "safety_identifier": ("`metadata.user_id`, hashed if it is an address", _user),
-    "user": ("`metadata.user_id`, hashed if it is an address", _user),
-    "prompt_cache_options": (
-        "explicit: only the parts marked by the client are cached",
-        _prompt_cache_options,
-    ),
-    "cache_control": ("the same", _cache_control),
-    "container": ("the same", _copied(_text_or_object)),
-    "context_management": ("the same", _copied(as_object)),
-    "mcp_servers": ("the same", _copied(as_list)),
-    "betas": ("header `anthropic-beta`", _betas),
-    "anthropic_beta": ("header `anthropic-beta`", _betas),
+    "context_management": ("the same", copied(as_object)),
+    **SHARED_FIELDS,
 }
 
 # Field -> why it has no effect. Named in the answer's header x-claude-shim-ignored unless its value
@@ -2757,7 +2917,6 @@ CHAT_IGNORED: Dict[str, str] = {
     "top_logprobs": "Claude does not tell probabilities",
     "verbosity": "say it in the system message",
 }
-_ASKS_FOR_NOTHING: Tuple[Any, ...] = (None, False, 0, "", "auto", "default")
 
 # Field -> why a request that uses it is a 400, and whether a value uses it.
 CHAT_REJECTED: Dict[str, Tuple[str, Callable[[Any], bool]]] = {
@@ -2776,24 +2935,10 @@ def messages_request_from_chat(
     draft = ChatDraft(model, recall)
     if body.get("messages") is None and body.get("input") is None:
         raise RequestError("you must give messages", param="messages")
-    for field, (reason, used) in CHAT_REJECTED.items():
-        if used(body.get(field)):
-            raise RequestError(reason, param=field)
-    given = {field for field, value in body.items() if value is not None}
     if body.get("messages"):
-        given.discard("input")
-    for field in [field for field in CHAT_REQUEST if field in given]:
-        CHAT_REQUEST[field][1](draft, body[field], field)
-    for field in body:
-        if field not in CHAT_REQUEST and field not in CHAT_REJECTED and _asks(field, body[field]):
-            draft.ignore(field)
+        body = {name: value for name, value in body.items() if name != "input"}
+    read_fields(draft, body, CHAT_REQUEST, CHAT_REJECTED)
     return draft
-
-
-def _asks(field: str, value: Any) -> bool:
-    if field == "seed":
-        return value is not None
-    return bool(value) and value not in _ASKS_FOR_NOTHING
 
 
 # --- answers
@@ -2808,8 +2953,6 @@ FINISH_REASONS = {
     "tool_use": "tool_calls",
     "refusal": "content_filter",
 }
-
-DECLINED = "The model declined to answer."
 
 
 class ChatReply(NamedTuple):
@@ -2917,7 +3060,7 @@ def _chat_message(message: JSON, reply: ChatReply) -> JSON:
         answer["content"] = "".join(Unfenced().whole(text))
     if calls and not text:
         answer["content"] = None
-    answer["annotations"] = url_citations(blocks)
+    answer["annotations"] = _annotations(blocks)
     if calls and reply.legacy:
         answer["function_call"] = calls[0]["function"]
     elif calls:
@@ -2928,11 +3071,8 @@ def _chat_message(message: JSON, reply: ChatReply) -> JSON:
     return answer
 
 
-def refusal_text(message: JSON) -> str:
-    """Return upstream's explanation of a refusal, or a plain sentence when it gives none."""
-    details = message.get("stop_details")
-    explanation = details.get("explanation") if isinstance(details, dict) else None
-    return explanation if isinstance(explanation, str) and explanation else DECLINED
+def _annotations(blocks: List[JSON]) -> List[JSON]:
+    return [{"type": "url_citation", "url_citation": place} for place in url_citations(blocks)]
 
 
 def _chat_call(block: JSON, reply: ChatReply) -> JSON:
@@ -2948,89 +3088,12 @@ def _custom_call(id: str, name: str, text: str) -> JSON:
     return {"id": id, "type": "custom", "custom": {"name": name, "input": text}}
 
 
-def custom_input(block: JSON) -> str:
-    """Return the free text that a custom tool is called with."""
-    given = block.get("input")
-    text = given.get("input") if isinstance(given, dict) else None
-    return text if isinstance(text, str) else str(block.get("partial_json") or "")
-
-
 def _chat_reasoning(blocks: List[JSON]) -> JSON:
     """Thinking, readable and as the exact blocks that must come back in a tool loop."""
     thoughts = thinking_of(blocks)
     text = "".join(str(block.get("thinking", "")) for block in thoughts)
     carried = {"thinking_blocks": thoughts} if thoughts else {}
     return {"reasoning_content": text, **carried} if text else carried
-
-
-def url_citations(blocks: Iterable[JSON]) -> List[JSON]:
-    """Return the web citations of text blocks; offsets count code points of the joined text."""
-    found: List[JSON] = []
-    start = 0
-    for block in blocks:
-        if block.get("type") != "text":
-            continue
-        end = start + len(str(block.get("text", "")))
-        for citation in block.get("citations") or ():
-            url = _cited_url(citation)
-            if url:
-                title = str(citation.get("title") or url)
-                place = {"start_index": start, "end_index": end, "title": title, "url": url}
-                found.append({"type": "url_citation", "url_citation": place})
-        start = end
-    return found
-
-
-def _cited_url(citation: Any) -> str:
-    url = citation.get("url") or citation.get("source") if isinstance(citation, dict) else None
-    return url if isinstance(url, str) else ""
-
-
-class Unfenced:
-    """Takes one Markdown code fence away that encloses a whole text: `feed` pieces, then `end`.
-
-    The one place where the model's words are touched: a client that asked for a JSON object cannot
-    parse the fence that models like to put around it.
-    """
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._opened: Optional[bool] = None  # None until the start is known
-
-    def whole(self, text: str) -> List[str]:
-        """Return the pieces of a text that is there at once."""
-        return [self.feed(text), self.end()]
-
-    def feed(self, piece: str) -> str:
-        """Return what is certain to stay."""
-        self._held += piece
-        if self._opened is None and not self._start_known():
-            return ""
-        if not self._opened:
-            return self._taken(len(self._held))
-        tail = re.search(r"\s*`{0,3}\s*\Z", self._held)
-        return self._taken(tail.start() if tail else len(self._held))
-
-    def end(self) -> str:
-        """Return what was held back and stays after all."""
-        if self._opened:
-            return re.sub(r"\s*```\s*\Z", "", self._held)
-        return self._held
-
-    def _start_known(self) -> bool:
-        start = self._held.lstrip()
-        if len(start) < 3 and "```".startswith(start):
-            return False
-        if not start.startswith("```"):
-            self._opened = False
-        elif "\n" in start:
-            self._opened = True
-            self._held = start.partition("\n")[2]
-        return self._opened is not None
-
-    def _taken(self, end: int) -> str:
-        taken, self._held = self._held[:end], self._held[end:]
-        return taken
 
 
 # --- streams
@@ -3191,7 +3254,7 @@ class ChatStreamEncoder(EventSink):
         rest = self._unfenced.end() if self._unfenced else ""
         if rest:
             yield self._delta(self._text_delta(rest))
-        found = url_citations(self._blocks())
+        found = _annotations(self._blocks())
         if found:
             yield self._delta({"annotations": found})
         if message.get("stop_reason") == "refusal" and self._reply.json_schema:
