@@ -908,6 +908,9 @@ def expected_readme_rows() -> Dict[str, List[List[str]]]:
         "chat-mapped": chat_rows(shim.CHAT_REQUEST),
         "chat-ignored": chat_rows(shim.CHAT_IGNORED),
         "chat-rejected": chat_rows(shim.CHAT_REJECTED),
+        "responses-mapped": chat_rows(shim.RESPONSES_REQUEST),
+        "responses-ignored": chat_rows(shim.RESPONSES_IGNORED),
+        "responses-rejected": chat_rows(shim.RESPONSES_REJECTED),
         "options": [
             [f"--{option.flag} {option.metavar}".strip(), option.default, option.help]
             for option in shim.OPTIONS
@@ -10023,7 +10026,6 @@ KEPT_OUT = [
     case("an unknown path tells nothing without a key", "POST", "/v1/embeddings", {}, 401),
     case("an unknown path", "POST", "/v1/embeddings", {"x-api-key": "key-of-ann"}, 404),
     case("a wrong method", "DELETE", CHAT, {"x-api-key": "key-of-ann"}, 405),
-    case("Responses are not there yet", "POST", "/v1/responses", {"x-api-key": "key-of-ann"}, 404),
 ]
 
 
@@ -13133,6 +13135,7 @@ def test_settings_without_any() -> None:
         "prompt_cache": "5m",
         "strict": False,
         "max_body": 33_554_432,
+        "responses_store": "memory",
         "retries": 2,
         "connect_timeout": 10.0,
         "first_byte_timeout": 300.0,
