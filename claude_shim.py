@@ -793,14 +793,64 @@ def _capabilities(model: Model) -> JSON:
     }
 
 
-def model_list(entries: Sequence[JSON]) -> JSON:
-    """Return the body of GET /v1/models for both dialects; neither SDK pages through it."""
+def one_page(entries: Sequence[JSON]) -> JSON:
+    """Return a list as both dialects give it, all on one page."""
     return {
         "object": "list",
         "data": list(entries),
         "has_more": False,
         "first_id": entries[0]["id"] if entries else None,
         "last_id": entries[-1]["id"] if entries else None,
+    }
+
+
+def model_list(entries: Sequence[JSON]) -> JSON:
+    """Return the body of GET /v1/models for both dialects, and Codex's catalogue; no SDK pages."""
+    catalogue = [_codex_entry(number, entry) for number, entry in enumerate(entries)]
+    return {**one_page(entries), "models": catalogue}
+
+
+# Codex has these words for the model from the catalogue, and none of its own then.
+_CODEX_INSTRUCTIONS = """You are a coding agent in the Codex CLI, on the user's own machine. Work \
+until the task is done: read the code before you change it, keep to its style, make the smallest \
+change that solves the whole problem, and run what shows that it works. Edit files with \
+apply_patch where there is such a tool. Undo nothing that you did not do, and commit nothing \
+unasked. Say at the end, in a few lines, what you changed and what you saw when you ran it."""
+
+_CODEX_EFFORTS = {
+    "low": "Quick answers",
+    "medium": "Balanced",
+    "high": "Thorough",
+    "xhigh": "As thorough as it gets",
+}
+
+
+def _codex_entry(number: int, entry: JSON) -> JSON:
+    """A model in Codex's catalogue: it refuses the whole list if a member is missing."""
+    name = str(entry.get("display_name") or entry["id"])
+    efforts = _member(entry, "capabilities", "effort")
+    levels = [e for e in _CODEX_EFFORTS if e != "xhigh" or _member(efforts, e).get("supported")]
+    return {
+        "slug": entry["id"],
+        "display_name": name,
+        "description": f"{name} by claude_shim",
+        "base_instructions": _CODEX_INSTRUCTIONS,
+        "default_reasoning_level": "medium",
+        "supported_reasoning_levels": [
+            {"effort": effort, "description": _CODEX_EFFORTS[effort]} for effort in levels
+        ],
+        "supports_reasoning_summaries": True,
+        "shell_type": "shell_command",
+        "apply_patch_tool_type": "freeform",
+        "experimental_supported_tools": [],
+        "supports_parallel_tool_calls": True,
+        "support_verbosity": False,
+        "visibility": "list",
+        "supported_in_api": True,
+        "priority": number,
+        "context_window": _limit(entry, "max_input_tokens", 200_000),
+        "truncation_policy": {"mode": "tokens", "limit": 10_000},
+        "input_modalities": ["text", "image"],
     }
 
 
@@ -3638,6 +3688,16 @@ def _output_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
     draft.turns.append(("user", [tool_result(draft, id, output, f"{path}.output")]))
 
 
+def _search_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
+    """A search for tools by the client, or its result; OpenAI's own searches have no call id."""
+    if item.get("call_id") is None:
+        draft.ignore(f"input.{item['type']}")
+    elif item["type"] == "tool_search_call":
+        _call_item(draft, item, path)
+    else:
+        _output_item(draft, item, path)
+
+
 def _compaction_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
     summary = unsealed(item.get("encrypted_content"), draft.known.key).get("summary")
     if not summary:
@@ -3666,10 +3726,10 @@ INPUT_ITEMS: Dict[str, ItemReader] = {
     "reasoning": _reasoning_item,
     "function_call": _call_item,
     "custom_tool_call": _call_item,
-    "tool_search_call": _call_item,
+    "tool_search_call": _search_item,
     "function_call_output": _output_item,
     "custom_tool_call_output": _output_item,
-    "tool_search_output": _output_item,
+    "tool_search_output": _search_item,
     "additional_tools": _read_before,
     "compaction": _compaction_item,
     "compaction_trigger": _compaction_trigger,
@@ -3706,6 +3766,7 @@ def _previous_response(draft: ResponsesDraft, value: Any, path: str) -> None:
 def _reasoning_field(draft: ResponsesDraft, value: Any, path: str) -> None:
     reasoning = as_object(value, path)
     summary = reasoning.get("summary") or reasoning.get("generate_summary")
+    summary = summary if summary != "none" else None
     if summary or reasoning.get("effort") is not None:
         display = "summarized" if summary else "omitted"
         draft.request["thinking"] = {"type": "adaptive", "display": display}
@@ -3784,17 +3845,29 @@ RESPONSES_REJECTED: Dict[str, Tuple[str, Callable[[Any], bool]]] = {
     "prompt": ("claude_shim stores no prompts; send the text", lambda value: value is not None),
 }
 
-# What a response repeats of its request, and what it says where the request says nothing.
-_ECHO: JSON = {
+# The members of a response in OpenAI's order, with what they say if nothing else is known. Those
+# that are fields of the request, too, repeat it.
+_RESPONSE: JSON = {
+    "id": "",
+    "object": "response",
+    "created_at": 0,
+    "status": "in_progress",
+    "background": False,
+    "completed_at": None,
+    "error": None,
+    "incomplete_details": None,
     "instructions": None,
     "max_output_tokens": None,
     "max_tool_calls": None,
+    "model": "",
+    "output": [],
     "parallel_tool_calls": True,
     "previous_response_id": None,
     "prompt_cache_key": None,
     "prompt_cache_retention": None,
     "reasoning": {"effort": None, "summary": None},
     "safety_identifier": None,
+    "service_tier": "default",
     "store": True,
     "temperature": 1,
     "text": {"format": {"type": "text"}, "verbosity": "medium"},
@@ -3803,9 +3876,11 @@ _ECHO: JSON = {
     "top_logprobs": 0,
     "top_p": 1,
     "truncation": "disabled",
+    "usage": None,
     "user": None,
     "metadata": {},
 }
+_REPEATED = _RESPONSE.keys() & {*RESPONSES_REQUEST, *RESPONSES_IGNORED} - {"service_tier"}
 
 SUMMARISE = (
     "Write a summary of this conversation that replaces it: whoever goes on with the work sees "
@@ -3829,10 +3904,11 @@ def messages_request_from_responses(
         raise RequestError("you must give input", param="input")
     if body.get("input") is None:
         body = {**body, "input": []}
-    read_fields(draft, body, RESPONSES_REQUEST, {**RESPONSES_REJECTED})
+    read_fields(draft, body, RESPONSES_REQUEST, RESPONSES_REJECTED)
     draft.turns = list(_with_recalled_thinking(draft.turns, draft.recall))
-    given = {name: body[name] for name in _ECHO if body.get(name) is not None}
-    draft.echo = {**_ECHO, **given, "text": {**_ECHO["text"], **object_or_empty(body.get("text"))}}
+    text = {**_RESPONSE["text"], **object_or_empty(body.get("text"))}
+    given = {name: body[name] for name in _REPEATED if body.get(name) is not None}
+    draft.echo = {**_RESPONSE, **given, "text": text}
     if draft.compacts:
         _ask_for_summary(draft)
     elif draft.request.get("tool_choice", {}).get("type") in ("any", "tool") and draft.json_schema:
@@ -3859,7 +3935,7 @@ class ResponsesReply(NamedTuple):
     created: int = 0  # Unix seconds
     model: str = ""
     key: bytes = b""  # of the envelopes
-    echo: JSON = _ECHO
+    echo: JSON = _RESPONSE
     called_as: Dict[str, CalledAs] = {}
     json_object: bool = False
     compacts: bool = False
@@ -3897,22 +3973,8 @@ def responses_usage(usage: JSON) -> JSON:
 
 
 def _response(reply: ResponsesReply, status: str, output: List[JSON], **fields: Any) -> JSON:
-    return {
-        "id": reply.id,
-        "object": "response",
-        "created_at": reply.created,
-        "status": status,
-        "background": False,
-        "completed_at": None,
-        "error": None,
-        "incomplete_details": None,
-        "model": reply.model,
-        "output": output,
-        "service_tier": "default",
-        "usage": None,
-        **reply.echo,
-        **fields,
-    }
+    known = {"id": reply.id, "created_at": reply.created, "status": status, "model": reply.model}
+    return {**reply.echo, **known, "output": output, **fields}
 
 
 # Stop reasons that leave the answer incomplete. A refusal does not: Codex repeats a whole turn
@@ -4355,11 +4417,11 @@ class ResponsesStreamEncoder(EventSink):
 
     def _prepared(self, item: OutputItem) -> bytes:
         """The event of a text delta, with gaps for its number and its text."""
-        if not isinstance(item, MessageItem):
-            return b""
-        ((type_, fields),) = self._of(item, item.delta("\x00")) if self.takes_text else [("", {})]
-        event = _response_event(type_, {"sequence_number": -1, **fields}).replace(b"%", b"%%")
-        return event.replace(b":-1,", b":%d,").replace(b"\\u0000", b"%b")
+        events = self._of(item, item.delta("\x00")) if self.takes_text else ()
+        for type_, fields in events:
+            event = _response_event(type_, {"sequence_number": -1, **fields}).replace(b"%", b"%%")
+            return event.replace(b":-1,", b":%d,").replace(b"\\u0000", b"%b")
+        return b""
 
     def _piece(self, piece: Any) -> bytes:
         if self._filled is None or not isinstance(piece, str) or not piece:
@@ -6593,7 +6655,7 @@ def item_page(items: Sequence[JSON], target: str) -> JSON:
     limit = next(iter(query_values(target, "limit")), "20")
     end = start + min(100, max(1, int(limit) if limit.isdecimal() else 20))
     page = ordered[start:end]
-    return {**model_list(page), "has_more": end < len(ordered)}
+    return {**one_page(page), "has_more": end < len(ordered)}
 
 
 class GatheringSink(MessageAssembler):

@@ -1740,7 +1740,49 @@ def test_model_entry_keeps_what_upstream_says() -> None:
 )
 def test_model_list(entries: List[JSON], first: Optional[str], last: Optional[str]) -> None:
     page = {"has_more": False, "first_id": first, "last_id": last}
-    assert shim.model_list(entries) == {"object": "list", "data": entries, **page}
+    told = shim.model_list(entries)
+    slugs = [entry["slug"] for entry in told.pop("models")]
+    assert told == {"object": "list", "data": entries, **page}
+    assert slugs == [entry["id"] for entry in entries]
+
+
+# What Codex 0.169 was found to need of an entry, by leaving each member out (wire/openai.md 5).
+CODEX_NEEDS: Dict[str, type] = {
+    "slug": str,
+    "display_name": str,
+    "supported_reasoning_levels": list,
+    "shell_type": str,
+    "visibility": str,
+    "supported_in_api": bool,
+    "priority": int,
+    "base_instructions": str,
+    "support_verbosity": bool,
+    "truncation_policy": dict,
+    "experimental_supported_tools": list,
+    "context_window": int,
+}
+
+
+@pytest.mark.parametrize("live", [{}, {"max_input_tokens": None, "display_name": None}])
+@pytest.mark.parametrize("model", shim.MODELS, ids=lambda model: model.id)
+def test_codex_finds_what_it_needs_of_each_model(model: shim.Model, live: JSON) -> None:
+    entry = shim.model_list([shim.model_entry(model, live)])["models"][0]
+    assert {name: type(entry.get(name)) for name in CODEX_NEEDS} == CODEX_NEEDS
+    assert all(map(entry["supported_reasoning_levels"][0].get, ("effort", "description")))
+
+
+def test_codex_is_offered_the_efforts_that_a_model_has() -> None:
+    told = shim.model_list(
+        [
+            shim.model_entry(shim.known_model(id), {})
+            for id in ("claude-opus-5-5", "claude-haiku-4-5")
+        ]
+    )
+    efforts = [
+        [level["effort"] for level in entry["supported_reasoning_levels"]]
+        for entry in told["models"]
+    ]
+    assert efforts == [["low", "medium", "high", "xhigh"], ["low", "medium", "high"]]
 
 
 # ----------------------------------------------------------------------
