@@ -3473,6 +3473,7 @@ class ResponsesDraft(Draft):
     """A request from a Responses body, with what its answer must look like."""
 
     compacts = False  # the answer is a summary in an envelope
+    plain_refusal = False  # as text: the client shows no other parts
     store = True
 
     def __init__(self, model: str, known: Known) -> None:
@@ -3599,12 +3600,10 @@ ItemReader = Callable[[ResponsesDraft, JSON, str], None]
 
 
 def _items(draft: ResponsesDraft, value: Any, path: str) -> None:
-    if isinstance(value, str):
-        content = [{"type": "input_text", "text": value}]
-        value = [{"type": "message", "role": "user", "content": content}]
-    for number, item in enumerate(as_list(value, path)):
+    given = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    for number, item in enumerate(as_list(given, path)):
         whole = _dereferenced(draft, as_object(item, f"{path}.{number}"), path)
-        draft.items.extend([whole] if whole else [])
+        draft.items.extend([_full_message(whole)] if whole else [])
     items = [*draft.history, *draft.items]
     for number, item in enumerate(items):
         if _item_type(item) in ("additional_tools", "tool_search_output"):
@@ -3634,6 +3633,17 @@ def _dereferenced(draft: ResponsesDraft, item: JSON, path: str) -> Optional[JSON
     if found is None:
         draft.ignore(f"{path}.item_reference")
     return found
+
+
+def _full_message(item: JSON) -> JSON:
+    """A message in the long form, which it has when it is listed; other items as they are."""
+    if _item_type(item) != "message":
+        return item
+    full = {"type": "message", "status": "completed", **item}
+    if isinstance(item.get("content"), str):
+        type_ = "output_text" if item.get("role") == "assistant" else "input_text"
+        full["content"] = [{"type": type_, "text": item["content"]}]
+    return full
 
 
 def _message(draft: ResponsesDraft, item: JSON, path: str) -> None:
@@ -3909,6 +3919,8 @@ def messages_request_from_responses(
     text = {**_RESPONSE["text"], **object_or_empty(body.get("text"))}
     given = {name: body[name] for name in _REPEATED if body.get(name) is not None}
     draft.echo = {**_RESPONSE, **given, "text": text}
+    # Codex, which alone sends this field, drops a message with a refusal as a whole.
+    draft.plain_refusal = "client_metadata" in body
     if draft.compacts:
         _ask_for_summary(draft)
     elif draft.request.get("tool_choice", {}).get("type") in ("any", "tool") and draft.json_schema:
@@ -3939,6 +3951,7 @@ class ResponsesReply(NamedTuple):
     called_as: Dict[str, CalledAs] = {}
     json_object: bool = False
     compacts: bool = False
+    plain_refusal: bool = False
     clock: Callable[[], int] = lambda: 0  # Unix seconds, when the answer is complete
 
     @classmethod
@@ -3953,6 +3966,7 @@ class ResponsesReply(NamedTuple):
             draft.called_as,
             draft.json_object,
             draft.compacts,
+            draft.plain_refusal,
             clock,
         )
 
@@ -3999,7 +4013,7 @@ def _finished(reply: ResponsesReply, message: JSON, output: List[JSON]) -> JSON:
 def response_from_message(message: JSON, reply: ResponsesReply) -> JSON:
     """Return the response made of one whole message; UpstreamCutError for no summary at all."""
     items: List[OutputItem] = []
-    for block in [*message["content"], *_refusal(message)]:
+    for block in [*message["content"], *_refusal(message, reply)]:
         if items and items[-1].takes(block):
             items[-1].blocks.append(block)
         else:
@@ -4024,13 +4038,21 @@ def compacted(response: JSON, draft: ResponsesDraft) -> JSON:
     items = [*draft.history, *draft.items]
     said = [item for item in items if _item_type(item) == "message" and item.get("role") == "user"]
     kept = {name: response[name] for name in ("id", "created_at", "usage")}
-    return {**kept, "object": "response.compaction", "output": [*said, *response["output"]]}
+    output = [*with_ids(said, response["id"]), *response["output"]]
+    return {**kept, "object": "response.compaction", "output": output}
 
 
-def _refusal(message: JSON) -> List[JSON]:
-    """A refusal as a block of its own, which becomes a part of a message."""
-    refused = message.get("stop_reason") == "refusal"
-    return [{"type": "refusal", "refusal": refusal_text(message)}] if refused else []
+def with_ids(items: Iterable[JSON], response_id: str) -> List[JSON]:
+    """Return the items of a request, each with an id: clients may send them without."""
+    return [{"id": f"item_{n}_{response_id}", **item} for n, item in enumerate(items)]
+
+
+def _refusal(message: JSON, reply: ResponsesReply) -> List[JSON]:
+    """A refusal as a block: it becomes a part of a message, or else a message of its own."""
+    if message.get("stop_reason") != "refusal":
+        return []
+    field, type_ = ("text", "refusal_text") if reply.plain_refusal else ("refusal", "refusal")
+    return [{"type": type_, field: refusal_text(message)}]
 
 
 def _with_summary(output: List[JSON], reply: ResponsesReply) -> List[JSON]:
@@ -4092,8 +4114,8 @@ class MessageItem(OutputItem):
         return {**message, "role": "assistant"}
 
     def _parts(self) -> List[JSON]:
-        texts = [block for block in self.blocks if block.get("type") == "text"]
-        refusals = [block for block in self.blocks if block.get("type") == "refusal"]
+        texts = [block for block in self.blocks if block["type"] != "refusal"]
+        refusals = [block for block in self.blocks if block["type"] == "refusal"]
         return [*([_text_part_of(texts, self.reply)] if texts else []), *refusals]
 
     def opening(self, block: JSON) -> Events:
@@ -4292,6 +4314,7 @@ CALL_ITEMS: Dict[str, Type[OutputItem]] = {
 BLOCK_ITEMS: Dict[str, Type[OutputItem]] = {
     "text": MessageItem,
     "refusal": MessageItem,
+    "refusal_text": MessageItem,
     "thinking": ReasoningItem,
     "redacted_thinking": ReasoningItem,
 }
@@ -4453,7 +4476,7 @@ class ResponsesStreamEncoder(EventSink):
         message = self._message.message
         if message is None:
             raise UpstreamCutError("upstream ended an answer that had not begun")
-        refused = b"".join(self._begun(block) for block in _refusal(message))
+        refused = b"".join(self._begun(block) for block in _refusal(message, self._reply))
         cut = message.get("stop_reason") in INCOMPLETE
         closed = self._closed("incomplete" if cut else "completed")
         response = _finished(self._reply, message, _with_summary(self._output, self._reply))
@@ -5772,7 +5795,7 @@ class ResponseStore:
     def input_items(self, owner: str, id: str) -> Optional[List[JSON]]:
         """Return the items that a response was made of, each with an id."""
         items = self._before(owner, id)
-        return items and [{"id": f"item_{n}_{id}", **item} for n, item in enumerate(items[0])]
+        return None if items is None else with_ids(items[0], id)
 
     def _before(self, owner: str, id: str) -> Optional[Tuple[List[JSON], List[JSON]]]:
         """What a response was made of, and what it said."""
@@ -7603,6 +7626,12 @@ def config_path(environment: Dict[str, str]) -> str:
     return os.path.join(folder, "claude-shim", "config.ini")
 
 
+def sealing_key_path(config: str) -> str:
+    """Return where the key of the envelopes is kept: beside the configuration file."""
+    folder = os.path.dirname(os.path.abspath(os.path.expanduser(config)))
+    return os.path.join(folder, "sealing.key")
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """Return the parser made of OPTIONS."""
     parser = argparse.ArgumentParser(
@@ -7777,8 +7806,13 @@ def upstream_from(settings: Settings) -> Upstream:
     )
 
 
-def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO) -> Server:
-    """Return the server, bound but not serving yet; ConfigError when a setting is wrong."""
+def server_from(
+    settings: Settings, environment: Dict[str, str], log_to: TextIO, config: Optional[str] = None
+) -> Server:
+    """Return the server, bound but not serving yet; ConfigError when a setting is wrong.
+
+    `config` is the configuration file in use, if it is not the usual one.
+    """
     keys = client_keys_from(settings, environment)
     credential = credential_from(settings, environment)
     lines = {line: getattr(settings, line) for line in LINES if getattr(settings, line)}
@@ -7790,7 +7824,7 @@ def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO)
         RetryPolicy(settings.retries),
         settings.upstream != "echo",
         settings.responses_store,
-        os.path.join(os.path.dirname(config_path(environment)), "sealing.key"),
+        sealing_key_path(config or config_path(environment)),
     )
     added = [value for _, value in settings.upstream_header if len(value) >= 8]  # none is a word
     log = Log(log_to, [*credential.secrets(), *keys.secrets(), *added], settings.quiet)
@@ -7864,7 +7898,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             upstream_from(settings).close()
             print(f"{shown_settings(settings)}\ncredential = {credential.describe()}")
             return 0
-        server = server_from(settings, environment, sys.stderr)
+        server = server_from(settings, environment, sys.stderr, arguments.config)
     except ConfigError as error:
         print(f"claude_shim: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,8 @@ import ast
 import base64
 import contextlib
 import copy
+import hashlib
+import hmac
 import importlib.util
 import io
 import json
@@ -872,6 +874,38 @@ OPENAI_3_52_CHAT_FIELDS = tuple(
     tool_choice tools top_logprobs top_p user verbosity web_search_options
     """.split()
 )
+
+
+# openai 3.52.0, openai/types/responses/response_create_params.py: the keys of
+# ResponseCreateParamsBase in its order, and the `stream` of its two heirs.
+OPENAI_3_52_RESPONSES_FIELDS = tuple(
+    """
+    access_programs background context_management conversation image include input instructions
+    max_output_tokens max_tool_calls metadata model moderation parallel_tool_calls
+    previous_response_id prompt prompt_cache_key prompt_cache_options prompt_cache_retention
+    reasoning safety_identifier service_tier store stream_options temperature text tool_choice tools
+    top_logprobs top_p truncation user stream
+    """.split()
+)
+
+
+def responses_tables() -> Dict[str, List[str]]:
+    return {
+        "RESPONSES_REQUEST": list(shim.RESPONSES_REQUEST),
+        "RESPONSES_IGNORED": list(shim.RESPONSES_IGNORED),
+        "RESPONSES_REJECTED": list(shim.RESPONSES_REJECTED),
+    }
+
+
+@pytest.mark.parametrize("field", OPENAI_3_52_RESPONSES_FIELDS)
+def test_a_published_responses_field_is_mapped_ignored_or_rejected(field: str) -> None:
+    homes = [table for table, fields in responses_tables().items() if field in fields]
+    assert len(homes) == 1, f"{field} is in {homes or 'no table'}"
+
+
+def test_no_responses_field_is_in_two_tables() -> None:
+    every = sorted(field for fields in responses_tables().values() for field in fields)
+    assert every == sorted(set(every))
 
 
 def chat_tables() -> Dict[str, List[str]]:
@@ -8414,6 +8448,1760 @@ def test_completion_answer() -> None:
         "service_tier": "default",
         "system_fingerprint": "claude_shim",
     }
+
+
+# ----------------------------------------------------------------------
+# 7. Responses <-> Messages
+# ----------------------------------------------------------------------
+
+KEY = b"k" * 32
+
+
+def envelope(content: JSON, key: bytes = KEY, version: str = "csh1.") -> str:
+    """An envelope, made with the standard library alone."""
+    packed = json.dumps(content, separators=(",", ":")).encode()
+    text = version + base64.urlsafe_b64encode(packed).decode()
+    return f"{text}.{hmac.new(key, text.encode(), hashlib.sha256).hexdigest()}"
+
+
+def thought(thinking: str = "hm", signature: str = "EqQB") -> JSON:
+    return {"type": "thinking", "thinking": thinking, "signature": signature}
+
+
+REDACTED: JSON = {"type": "redacted_thinking", "data": "EmwK"}
+SEALED_THOUGHT = envelope({"thinking": [thought()]})
+
+
+def test_envelope_is_opened_by_its_own_key_only() -> None:
+    made = shim.sealed({"thinking": [thought("\u4e16")]}, KEY)
+    assert made == envelope({"thinking": [thought("\u4e16")]})
+    assert shim.unsealed(made, KEY) == {"thinking": [thought("\u4e16")]}
+    assert shim.unsealed(made, b"another key") == {}
+
+
+NOT_OURS = [
+    case("nothing", None),
+    case("no text", 7),
+    case("empty", ""),
+    case("OpenAI's", "gAAAAABo" + "x" * 100),
+    case("half of it", SEALED_THOUGHT[:40]),
+    case("without the seal", SEALED_THOUGHT.rpartition(".")[0]),
+    case("an empty seal", SEALED_THOUGHT.rpartition(".")[0] + "."),
+    case("another version, well sealed", envelope({"thinking": [thought()]}, version="csh2.")),
+    case("a seal that is no ASCII", SEALED_THOUGHT[:-1] + "\u00e9"),
+    case("half a surrogate", SEALED_THOUGHT[:-1] + "\ud83d"),
+]
+
+
+@pytest.mark.parametrize("text", NOT_OURS)
+def test_envelope_that_is_not_ours_holds_nothing(text: Any) -> None:
+    assert shim.unsealed(text, KEY) == {}
+
+
+def test_envelope_with_any_character_changed_holds_nothing() -> None:
+    for position, character in enumerate(SEALED_THOUGHT):
+        other = "A" if character != "A" else "B"
+        changed = SEALED_THOUGHT[:position] + other + SEALED_THOUGHT[position + 1 :]
+        assert shim.unsealed(changed, KEY) == {}
+
+
+# --- (a) requests
+
+
+def asked(*items: Any, **fields: Any) -> JSON:
+    """A Responses body."""
+    return {"model": "opus", "input": list(items), **fields}
+
+
+def drafted(body: JSON, **known: Any) -> shim.ResponsesDraft:
+    return shim.messages_request_from_responses(body, OPUS, shim.Known(**{"key": KEY, **known}))
+
+
+def message(text: Any, role: str = "user", **more: Any) -> JSON:
+    return {"type": "message", "role": role, "content": text, **more}
+
+
+def out_text(text: str) -> JSON:
+    return {"type": "output_text", "text": text, "annotations": []}
+
+
+def in_call(id: str, arguments: Any = "{}", name: str = "f", **more: Any) -> JSON:
+    item = {"type": "function_call", "call_id": id, "name": name, "arguments": arguments}
+    return {**item, "id": f"fc_{id}", "status": "completed", **more}
+
+
+def in_output(id: str, output: Any = "18C", kind: str = "function_call") -> JSON:
+    return {"type": f"{kind}_output", "call_id": id, "output": output}
+
+
+def in_reasoning(*blocks: JSON, **more: Any) -> JSON:
+    sealed = {"encrypted_content": envelope({"thinking": list(blocks)})} if blocks else {}
+    return {"type": "reasoning", "id": "rs_1", "summary": [], **sealed, **more}
+
+
+def flat(name: str = "f", **more: Any) -> JSON:
+    """One of a Responses body's `tools`."""
+    return {"type": "function", "name": name, **more}
+
+
+HI = message("hi")
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}
+FREE_TEXT: JSON = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+}
+WEB = {"type": "web_search_20250305", "name": "web_search"}
+
+ITEMS = [
+    case("a string", {"model": "opus", "input": "hi"}, wanted(user("hi"))),
+    case("a message", asked(HI), wanted(user("hi"))),
+    case(
+        "a message without type, by the role alone",
+        asked({"role": "user", "content": "hi"}),
+        wanted(user("hi")),
+    ),
+    case(
+        "parts of Responses and of Chat Completions side by side",
+        asked(
+            message(
+                [
+                    {"type": "input_text", "text": "a"},
+                    {"type": "text", "text": "b"},
+                    {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}"},
+                    {
+                        "type": "input_image",
+                        "image_url": {"url": "https://e.org/i"},
+                        "detail": "high",
+                    },
+                    {"type": "image_url", "image_url": {"url": f"data:image/jpg;base64,{JPEG}"}},
+                    {"type": "input_file", "file_data": PDF, "filename": "a.pdf"},
+                    {"type": "input_file", "file_url": "https://e.org/b.pdf"},
+                ]
+            )
+        ),
+        wanted(
+            user(
+                "a",
+                "b",
+                image("image/png", PNG),
+                {"type": "image", "source": {"type": "url", "url": "https://e.org/i"}},
+                image("image/jpeg", JPEG),
+                {
+                    "type": "document",
+                    "source": {"type": "base64", "media_type": "application/pdf", "data": PDF},
+                    "title": "a.pdf",
+                },
+                {"type": "document", "source": {"type": "url", "url": "https://e.org/b.pdf"}},
+            )
+        ),
+    ),
+    case(
+        "instructions, developer and system messages are system until somebody spoke",
+        asked(message("b", "developer"), message("c", "system"), HI, instructions="a"),
+        wanted(user("hi"), system=[says("a"), says("b"), says("c")]),
+    ),
+    case(
+        "a developer message in the middle keeps its place",
+        asked(HI, message("b", "developer")),
+        wanted(user("hi"), {"role": "system", "content": [says("b")]}),
+    ),
+    case(
+        "an answer in its own shape, without type as Vercel sends it, and as plain text",
+        asked(
+            HI,
+            message([out_text("a")], "assistant", id="msg_1", phase="commentary"),
+            {"role": "assistant", "content": [out_text("b")], "id": "msg_2"},
+            {"role": "assistant", "content": "c"},
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "d"}]},
+            HI,
+        ),
+        wanted(user("hi"), assistant("a", "b", "c", "d"), user("hi")),
+    ),
+    case(
+        "reasoning and two calls are one turn, their results the next (3; Codex's order)",
+        asked(
+            HI,
+            in_reasoning(thought(), content=None),
+            in_call("t1", '{"a":1}'),
+            in_call("t2"),
+            in_output("t2", "two"),
+            in_output("t1", "one"),
+        ),
+        wanted(
+            user("hi"),
+            assistant(thought(), use("t1", a=1), use("t2")),
+            user(result("t1", "one"), result("t2", "two")),
+        ),
+    ),
+    case(
+        "several thoughts, one of them redacted, in their places",
+        asked(
+            HI,
+            in_reasoning(thought("a")),
+            message([out_text("b")], "assistant"),
+            in_reasoning(REDACTED, thought("c")),
+            in_call("t1"),
+            in_output("t1"),
+        ),
+        wanted(
+            user("hi"),
+            assistant(thought("a"), "b", REDACTED, thought("c"), use("t1")),
+            user(result("t1")),
+        ),
+    ),
+    case(
+        "reasoning without an envelope says nothing",
+        asked(HI, in_reasoning(summary=[{"type": "summary_text", "text": "s"}]), HI),
+        wanted(user("hi", "hi")),
+    ),
+    case(
+        "thinking that nothing follows goes, as no turn may end in it",
+        asked(HI, message("a", "assistant"), in_reasoning(thought()), HI),
+        wanted(user("hi"), assistant("a"), user("hi")),
+    ),
+    case(
+        "a result with an image, as Codex sends it for MCP",
+        asked(
+            HI,
+            in_call("t1"),
+            in_output(
+                "t1",
+                [
+                    {"type": "input_text", "text": "see"},
+                    {
+                        "type": "input_image",
+                        "image_url": f"data:image/png;base64,{PNG}",
+                        "detail": "high",
+                    },
+                ],
+            ),
+        ),
+        wanted(
+            user("hi"),
+            assistant(use("t1")),
+            user(result("t1", [says("see"), image("image/png", PNG)])),
+        ),
+    ),
+    case(
+        "no arguments, arguments that are no JSON, an id that Anthropic refuses",
+        asked(HI, in_call("a.b", ""), in_call("t2", "{"), in_output("a.b", ""), in_output("t2")),
+        wanted(
+            user("hi"),
+            assistant(use("a_b_2e7336dc"), use("t2", _raw="{")),
+            user({"type": "tool_result", "tool_use_id": "a_b_2e7336dc"}, result("t2")),
+        ),
+    ),
+    case(
+        "a custom call and its output",
+        asked(
+            HI,
+            {"type": "custom_tool_call", "call_id": "t1", "name": "p", "input": "*** Begin"},
+            in_output("t1", "Done", "custom_tool_call"),
+        ),
+        wanted(
+            user("hi"), assistant(use("t1", "p", input="*** Begin")), user(result("t1", "Done"))
+        ),
+    ),
+    case(
+        "a call without tools keeps the name that its namespace made (Codex's local compaction)",
+        asked(HI, in_call("t1", namespace="ns", name="g"), in_output("t1"), tools=[]),
+        wanted(user("hi"), assistant(use("t1", "ns__g")), user(result("t1"))),
+    ),
+    case(
+        "a search for tools: a call, its result, and the tools found",
+        asked(
+            HI,
+            {
+                "type": "tool_search_call",
+                "call_id": "t1",
+                "execution": "client",
+                "arguments": {"query": "k"},
+            },
+            {"type": "tool_search_output", "call_id": "t1", "tools": [flat(defer_loading=True)]},
+        ),
+        wanted(
+            user("hi"),
+            assistant(use("t1", "tool_search", query="k")),
+            user(result("t1", '[{"type":"function","name":"f","defer_loading":true}]')),
+            tools=[tool("f")],
+        ),
+    ),
+    case(
+        "tools in an item and none above (Codex for its newest models)",
+        asked({"type": "additional_tools", "role": "developer", "tools": [flat()]}, HI),
+        wanted(user("hi"), tools=[tool("f")]),
+    ),
+    case(
+        "a summary of what was said before",
+        asked({"type": "compaction", "encrypted_content": envelope({"summary": "All."})}, HI),
+        wanted(user("<conversation-summary>\nAll.\n</conversation-summary>", "hi")),
+    ),
+    case(
+        "a change of settings in the middle",
+        asked(
+            HI,
+            {
+                "type": "configuration_update",
+                "reasoning": {"effort": "low"},
+                "text": {"verbosity": "medium"},
+            },
+        ),
+        wanted(
+            user("hi"),
+            output_config={"effort": "low"},
+            thinking={"type": "adaptive", "display": "omitted"},
+        ),
+    ),
+    case(
+        "a call that was not answered, and a result that nobody asked for",
+        asked(HI, in_call("t1"), HI, in_output("t9", "stray")),
+        wanted(user("hi"), assistant(use("t1")), user(no_result("t1"), "hi", "stray")),
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "expected"), ITEMS)
+def test_responses_items(body: JSON, expected: JSON) -> None:
+    before = json.dumps(body)
+    draft = drafted(body)
+    request = draft.finished()
+    assert request == expected
+    assert list(draft.ignored) == []
+    assert faults(shim.adapted(request, shim.known_model("claude-haiku-4-5")).request) == []
+    assert json.dumps(body) == before
+
+
+SUMMARISED = wanted(user("hi", shim.SUMMARISE))
+
+
+def test_responses_compaction_trigger_asks_for_a_summary() -> None:
+    body = asked(
+        HI,
+        {"type": "compaction_trigger"},
+        tools=[flat()],
+        tool_choice="required",
+        text={"format": {"type": "json_object"}},
+    )
+    draft = drafted(body)
+    assert draft.compacts
+    expected = {**SUMMARISED, "tools": [tool("f")], "tool_choice": {"type": "none"}}
+    assert {**draft.finished(), "system": 0} == {**expected, "system": 0}
+
+
+FUNCTION: JSON = flat(
+    "get.weather",
+    description="d",
+    parameters={"type": "object", "properties": {"a": {"type": "string"}}},
+    strict=False,
+    output_schema={},
+    allowed_callers=["direct"],
+)
+
+RESPONSE_TOOLS = [
+    case(
+        "functions: strict only when it is said, no fields that are OpenAI's alone",
+        [FUNCTION, flat("g", parameters=None, strict=None), flat("h", strict=True)],
+        [
+            {
+                "name": "get_weather_f65d4328",
+                "description": "d",
+                "input_schema": {"type": "object", "properties": {"a": {"type": "string"}}},
+            },
+            tool("g"),
+            {
+                **tool("h", strict=True),
+                "input_schema": {**NO_PARAMETERS, "additionalProperties": False},
+            },
+        ],
+        {"get_weather_f65d4328": ("function_call", "get.weather", "")},
+    ),
+    case(
+        "a tool of free text with a grammar",
+        [{"type": "custom", "name": "p", "description": "Patch.", "format": GRAMMAR}],
+        [
+            {
+                "name": "p",
+                "description": "Patch.\n\nThe input must fit this lark grammar:\nstart: /.+/",
+                "input_schema": FREE_TEXT,
+            }
+        ],
+        {"p": ("custom_tool_call", "p", "")},
+    ),
+    case(
+        "a namespace of functions and tools of free text",
+        [
+            {
+                "type": "namespace",
+                "name": "ns",
+                "description": "d",
+                "tools": [flat("g"), {"type": "custom", "name": "exec"}],
+            }
+        ],
+        [
+            tool("ns__g"),
+            {"name": "ns__exec", "description": "ns__exec", "input_schema": FREE_TEXT},
+        ],
+        {"ns__g": ("function_call", "g", "ns"), "ns__exec": ("custom_tool_call", "exec", "ns")},
+    ),
+    case(
+        "a plain tool has its own name before one that a namespace makes",
+        [
+            {"type": "namespace", "name": "ns", "tools": [flat("g")]},
+            flat("ns__g"),
+        ],
+        [tool("ns__g"), tool("ns__g_")],
+        {"ns__g": ("function_call", "ns__g", ""), "ns__g_": ("function_call", "g", "ns")},
+    ),
+    case(
+        "the same namespace twice is the same tool",
+        [{"type": "namespace", "name": "ns", "tools": [flat("g"), flat("g")]}],
+        [tool("ns__g")],
+        {"ns__g": ("function_call", "g", "ns")},
+    ),
+    case(
+        "a name that is too long comes back whole",
+        [{"type": "namespace", "name": "n" * 100, "tools": [flat("g" * 64)]}],
+        [tool("n" * 100 + "__" + "g" * 17 + "_1ee48524")],
+        {
+            "n" * 100 + "__" + "g" * 17 + "_1ee48524": ("function_call", "g" * 64, "n" * 100),
+        },
+    ),
+    case(
+        "a search for tools that the client runs",
+        [{"type": "tool_search", "execution": "client", "description": "d", "parameters": {}}],
+        [tool("tool_search", description="d")],
+        {"tool_search": ("tool_search_call", "tool_search", "")},
+    ),
+    case(
+        "web search with place and domains",
+        [
+            {
+                "type": "web_search_preview_2025_03_11",
+                "user_location": {"type": "approximate", "city": "Rome", "country": None},
+                "filters": {"allowed_domains": ["e.org"]},
+                "search_context_size": "medium",
+            }
+        ],
+        [
+            {
+                **WEB,
+                "user_location": {"type": "approximate", "city": "Rome"},
+                "allowed_domains": ["e.org"],
+            }
+        ],
+        {},
+    ),
+    case(
+        "tools of the other dialects (LibreChat, #21)",
+        [function("a"), {"name": "b", "input_schema": NO_PARAMETERS}, {**WEB, "max_uses": 5}],
+        [tool("a"), tool("b"), {**WEB, "max_uses": 5}],
+        {"a": ("function_call", "a", ""), "b": ("function_call", "b", "")},
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "expected", "called_as"), RESPONSE_TOOLS)
+def test_responses_tools(given: List[JSON], expected: List[JSON], called_as: JSON) -> None:
+    draft = drafted(asked(HI, tools=given))
+    request = draft.finished()
+    assert request["tools"] == expected
+    told = {name: tuple(draft.called_as[name]) for name in called_as}
+    assert told == called_as
+    assert list(draft.ignored) == []
+    assert faults(request) == []
+
+
+def test_responses_history_calls_a_tool_by_the_name_that_it_has_now() -> None:
+    space = {"type": "namespace", "name": "ns", "tools": [flat("g")]}
+    items = [in_call("t1", name="g", namespace="ns"), in_call("t2", name="ns__g")]
+    draft = drafted(asked(HI, *items, tools=[space, flat("ns__g")]))
+    assert draft.finished()["messages"][1] == assistant(use("t1", "ns__g_"), use("t2", "ns__g"))
+
+
+TWO_TOOLS = [flat("f"), {"type": "namespace", "name": "ns", "tools": [flat("g")]}]
+CHOICES = [
+    case("none", "none", {"type": "none"}),
+    case("required", "required", {"type": "any"}),
+    case("a function", {"type": "function", "name": "f"}, {"type": "tool", "name": "f"}),
+    case(
+        "one of a namespace",
+        {"type": "function", "name": "g", "namespace": "ns"},
+        {"type": "tool", "name": "ns__g"},
+    ),
+    case("nested", {"type": "function", "function": {"name": "f"}}, {"type": "tool", "name": "f"}),
+    case("Anthropic's", {"type": "any"}, {"type": "any"}),
+    case("a search", {"type": "web_search_preview"}, {"type": "tool", "name": "web_search"}),
+    case(
+        "some of them",
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]},
+        {"type": "any"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("choice", "expected"), CHOICES)
+def test_responses_tool_choice(choice: Any, expected: JSON) -> None:
+    tools = [*TWO_TOOLS, {"type": "web_search"}]
+    request = drafted(asked(HI, tools=tools, tool_choice=choice)).finished()
+    assert request["tool_choice"] == expected
+    assert len(request["tools"]) == (1 if "mode" in choice else 3)
+
+
+RESPONSE_FIELDS = [
+    case("max_output_tokens", {"max_output_tokens": 99}, {"max_tokens": 99}),
+    case("sampling", {"temperature": 2, "top_p": 0.5}, {"temperature": 1, "top_p": 0.5}),
+    case(
+        "one call at a time",
+        {"tools": [flat()], "parallel_tool_calls": False},
+        {
+            "tools": [tool()],
+            "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+        },
+    ),
+    case(
+        "effort and a summary",
+        {"reasoning": {"effort": "xhigh", "summary": "auto"}},
+        {
+            "output_config": {"effort": "xhigh"},
+            "thinking": {"type": "adaptive", "display": "summarized"},
+        },
+    ),
+    case(
+        "effort alone shows no thoughts",
+        {"reasoning": {"effort": "minimal", "summary": None}},
+        {
+            "output_config": {"effort": "low"},
+            "thinking": {"type": "adaptive", "display": "omitted"},
+        },
+    ),
+    case(
+        "a summary alone (Codex for a model it does not know)",
+        {"reasoning": {"summary": "auto"}},
+        {"thinking": {"type": "adaptive", "display": "summarized"}},
+    ),
+    case("no effort", {"reasoning": {"effort": "none"}}, {"thinking": {"type": "disabled"}}),
+    case("nothing said of reasoning", {"reasoning": {}, "text": {}}, {}),
+    case(
+        "a schema, flat",
+        {
+            "text": {
+                "format": {
+                    "type": "json_schema",
+                    "name": "n",
+                    "strict": True,
+                    "schema": {"type": "object", "properties": {}},
+                }
+            }
+        },
+        {
+            "output_config": {
+                "format": {
+                    "type": "json_schema",
+                    "schema": {**NO_PARAMETERS, "additionalProperties": False},
+                }
+            }
+        },
+    ),
+    case("a user", {"safety_identifier": "u1", "user": "u2"}, {"metadata": {"user_id": "u1"}}),
+    case(
+        "what is said again or asks for nothing",
+        {
+            "metadata": {"a": "b"},
+            "include": ["reasoning.encrypted_content"],
+            "truncation": "disabled",
+            "store": False,
+            "stream": True,
+            "stream_options": {"include_obfuscation": False},
+            "background": False,
+            "conversation": None,
+            "service_tier": "auto",
+            "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        },
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), RESPONSE_FIELDS)
+def test_responses_fields(fields: JSON, expected: JSON) -> None:
+    draft = drafted(asked(HI, **fields))
+    assert draft.finished() == wanted(user("hi"), **expected)
+    assert list(draft.ignored) == []
+
+
+SCHEMA_FORMAT = {"type": "json_schema", "name": "n", "schema": NO_PARAMETERS}
+
+RESPONSES_UNHEARD = [
+    case("a field without effect", {"max_tool_calls": 3}, ["max_tool_calls"]),
+    case(
+        "a field that nobody knows", {"client_metadata": {"a": 1}, "x": 1}, ["client_metadata", "x"]
+    ),
+    case("truncation", {"truncation": "auto"}, ["truncation"]),
+    case("verbosity", {"text": {"verbosity": "low"}}, ["text.verbosity"]),
+    case("mode", {"reasoning": {"mode": "pro"}}, ["reasoning.mode"]),
+    case(
+        "what to include",
+        {"include": ["file_search_call.results"]},
+        ["include.file_search_call.results"],
+    ),
+    case(
+        "hosted tools",
+        {"tools": [{"type": "mcp"}, {"type": "local_shell"}]},
+        ["tools.local_shell", "tools.mcp"],
+    ),
+    case(
+        "a search without the web (Codex's default)",
+        {"tools": [{"type": "web_search", "external_web_access": False}]},
+        ["tools.web_search"],
+    ),
+    case(
+        "a search for tools by OpenAI", {"tools": [{"type": "tool_search"}]}, ["tools.tool_search"]
+    ),
+    case(
+        "calls of hosted tools",
+        {"input": [HI, {"type": "web_search_call", "id": "ws_1"}, {"type": "mcp_call"}]},
+        ["input.mcp_call", "input.web_search_call"],
+    ),
+    case(
+        "a search for tools that the client did not run",
+        {"input": [HI, {"type": "tool_search_call", "call_id": None, "arguments": {}}]},
+        ["input.tool_search_call"],
+    ),
+    case(
+        "thinking in a foreign envelope",
+        {"input": [HI, {"type": "reasoning", "summary": [], "encrypted_content": "gAAAAAB"}]},
+        ["input.reasoning.encrypted_content"],
+    ),
+    case(
+        "thinking in an envelope that was tampered with",
+        {"input": [HI, in_reasoning(encrypted_content=SEALED_THOUGHT[:-1] + "x")]},
+        ["input.reasoning.encrypted_content"],
+    ),
+    case(
+        "a foreign summary",
+        {"input": [HI, {"type": "compaction", "encrypted_content": "gAAAAAB"}]},
+        ["input.compaction"],
+    ),
+    case(
+        "reasoning that was forgotten",
+        {"input": [HI, {"type": "item_reference", "id": "rs_gone"}]},
+        ["input.item_reference"],
+    ),
+    case(
+        "a schema beside a forced tool, which wins (instructor)",
+        {"tools": [flat()], "tool_choice": "required", "text": {"format": SCHEMA_FORMAT}},
+        ["text.format"],
+    ),
+    case(
+        "keywords of a schema",
+        {
+            "text": {
+                "format": {**SCHEMA_FORMAT, "schema": {"type": "object", "maxProperties": 3}},
+            }
+        },
+        ["text.format.maxProperties"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), RESPONSES_UNHEARD)
+def test_responses_ignored_fields_are_named(fields: JSON, expected: List[str]) -> None:
+    draft = drafted({**asked(HI), **fields})
+    assert sorted(draft.ignored) == expected
+    assert faults(draft.finished()) == []
+    assert b"gAAAAAB" not in shim.dumps(draft.finished())
+
+
+RESPONSES_REFUSED = [
+    case("nothing", {"input": None}, "input", "you must give input"),
+    case("input of the wrong type", {"input": 7}, "input", "expected a list"),
+    case("an item that is none", {"input": ["hi"]}, "input.0", "expected an object"),
+    case("an unknown role", {"input": [{"role": "critic"}]}, "input.0.role", "unknown role"),
+    case("audio", {"input": [message([{"type": "input_audio"}])]}, "input.0.content.0", "audio"),
+    case(
+        "a call without id",
+        {"input": [{"type": "function_call", "name": "f"}]},
+        "input.0.call_id",
+        "string",
+    ),
+    case("a call without name", {"input": [{"type": "function_call", "call_id": "t"}]}, None, ""),
+    case("in the background", {"background": True}, "background", "stream instead"),
+    case("a conversation", {"conversation": "conv_1"}, "conversation", "previous_response_id"),
+    case("a stored prompt", {"prompt": {"id": "pmpt_1"}}, "prompt", "stores no prompts"),
+    case(
+        "an unknown response",
+        {"previous_response_id": "resp_9"},
+        "previous_response_id",
+        "Previous response with id 'resp_9' not found.",
+    ),
+    case(
+        "an unknown item", {"input": [{"id": "msg_9"}]}, "input", "Item with id 'msg_9' not found."
+    ),
+    case("a tool that is no object", {"tools": [7]}, "tools.0", "expected an object"),
+    case("a tool without name", {"tools": [{"type": "function"}]}, "tools.0.name", "string"),
+    case(
+        "a forced tool that Claude has not",
+        {"tools": [flat()], "tool_choice": {"type": "file_search"}},
+        "tool_choice.type",
+        "no tool of type 'file_search'",
+    ),
+    case(
+        "a forced tool that is not there",
+        {"tools": [flat()], "tool_choice": {"type": "function", "name": "g"}},
+        "tool_choice.name",
+        "no tool 'g'",
+    ),
+    case(
+        "an unknown format",
+        {"text": {"format": {"type": "yaml"}}},
+        "text.format.type",
+        "json_schema",
+    ),
+    case(
+        "a format without schema",
+        {"text": {"format": {"type": "json_schema"}}},
+        "text.format.schema",
+        "object",
+    ),
+    case("a budget of none", {"max_output_tokens": 0}, "max_output_tokens", "over zero"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "reason"), RESPONSES_REFUSED)
+def test_responses_refused(fields: JSON, param: Optional[str], reason: str) -> None:
+    body = {**asked(HI), **fields}
+    if param is None:  # OpenAI's own searches for tools have no name, and are called so
+        assert drafted(body).finished()["messages"][1] == assistant(use("t", "tool_search"))
+        return
+    with pytest.raises(shim.RequestError) as caught:
+        drafted(body)
+    assert caught.value.param == param
+    assert reason in caught.value.message
+
+
+def test_responses_reference_is_the_item_itself() -> None:
+    kept = {"msg_1": message([out_text("a")], "assistant"), "rs_1": in_reasoning(thought())}
+    items = [
+        HI,
+        {"type": "item_reference", "id": "msg_1"},
+        {"type": None, "id": "rs_1"},
+        in_call("t1"),
+        in_output("t1"),
+    ]
+    draft = drafted(asked(*items), item=kept.get)
+    expected = [user("hi"), assistant("a", thought(), use("t1")), user(result("t1"))]
+    assert draft.finished()["messages"] == expected
+    full_hi = message([{"type": "input_text", "text": "hi"}], status="completed")
+    full_answer = {**kept["msg_1"], "status": "completed"}
+    expected_items = [full_hi, full_answer, kept["rs_1"], in_call("t1"), in_output("t1")]
+    assert draft.items == expected_items
+
+
+def test_responses_previous_response_comes_before_the_input() -> None:
+    before = {"resp_1": [HI, in_reasoning(thought()), in_call("t1")]}
+    draft = drafted(asked(in_output("t1"), previous_response_id="resp_1"), history=before.get)
+    expected = [user("hi"), assistant(thought(), use("t1")), user(result("t1"))]
+    assert draft.finished()["messages"] == expected
+    assert draft.items == [in_output("t1")]
+
+
+def test_responses_previous_response_needs_no_input() -> None:
+    body = {"model": "opus", "previous_response_id": "resp_1"}
+    draft = drafted(body, history={"resp_1": [HI]}.get)
+    assert draft.finished() == wanted(user("hi"))
+
+
+def test_responses_remembers_thinking_that_a_client_left_out() -> None:
+    """D5: the last resort, only for a turn that came without any."""
+    items = [
+        HI,
+        message("a", "assistant"),
+        in_call("t1"),
+        in_output("t1"),
+        in_reasoning(thought("own")),
+        in_call("t2"),
+        in_output("t2"),
+    ]
+    kept = {"t1": [thought("kept")], "t2": [thought("not this")]}
+    draft = drafted(asked(*items), thinking=lambda call_id: kept.get(call_id, []))
+    turns = draft.finished()["messages"]
+    assert turns[1] == assistant(thought("kept"), "a", use("t1"))
+    assert turns[3] == assistant(thought("own"), use("t2"))
+
+
+# --- (b) answers: each event of upstream with the events that it makes
+
+
+def event(type_: str, **fields: Any) -> JSON:
+    return {"type": type_, **fields}
+
+
+def of_item(id: str, type_: str, **fields: Any) -> JSON:
+    """An event of an item; the number after the last underscore of its id is its place."""
+    return event(f"response.{type_}", item_id=id, output_index=int(id[-1]), **fields)
+
+
+def added(item: JSON) -> JSON:
+    return event("response.output_item.added", output_index=int(item["id"][-1]), item=item)
+
+
+def done(item: JSON) -> JSON:
+    return event("response.output_item.done", output_index=int(item["id"][-1]), item=item)
+
+
+RESPONSE: JSON = {
+    "id": "resp_7",
+    "object": "response",
+    "created_at": 7,
+    "status": "in_progress",
+    "background": False,
+    "completed_at": None,
+    "error": None,
+    "incomplete_details": None,
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "model": "claude-opus-5-5",
+    "output": [],
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "prompt_cache_retention": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "service_tier": "default",
+    "store": True,
+    "temperature": 1,
+    "text": {"format": {"type": "text"}, "verbosity": "medium"},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": 1,
+    "truncation": "disabled",
+    "usage": None,
+    "user": None,
+    "metadata": {},
+}
+RESPONSE_USAGE: JSON = {
+    "input_tokens": 25,
+    "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+    "output_tokens": 15,
+    "output_tokens_details": {"reasoning_tokens": 0},
+    "total_tokens": 40,
+}
+
+
+def ended(*output: JSON, reason: Optional[str] = None) -> JSON:
+    """The last event of an answer that is whole, or incomplete for a reason."""
+    if reason:
+        how = {"status": "incomplete", "incomplete_details": {"reason": reason}}
+    else:
+        how = {"status": "completed", "completed_at": 9}
+    response = {**RESPONSE, **how, "output": list(output), "usage": RESPONSE_USAGE}
+    return event(f"response.{response['status']}", response=response)
+
+
+RESPONSE_START: Step = (
+    message_start(),
+    [
+        event("response.created", response=RESPONSE),
+        event("response.in_progress", response=RESPONSE),
+    ],
+)
+RESPONSE_REPLY = shim.ResponsesReply(
+    id="resp_7",
+    created=7,
+    model="claude-opus-5-5",
+    key=KEY,
+    called_as={
+        "p": shim.CalledAs("custom_tool_call", "p"),
+        "ns__g": shim.CalledAs("function_call", "g", "ns"),
+        "tool_search": shim.CalledAs("tool_search_call", "tool_search"),
+    },
+    clock=lambda: 9,
+)
+
+
+def message_item(id: str, status: str, *content: JSON) -> JSON:
+    item = {"id": id, "type": "message", "status": status}
+    return {**item, "content": list(content), "role": "assistant"}
+
+
+def text_part(text: str, *annotations: JSON) -> JSON:
+    return {"type": "output_text", "annotations": list(annotations), "logprobs": [], "text": text}
+
+
+def text_opened(id: str) -> List[JSON]:
+    part = of_item(id, "content_part.added", content_index=0, part=text_part(""))
+    return [added(message_item(id, "in_progress")), part]
+
+
+def text_told(id: str, delta: str) -> JSON:
+    return of_item(id, "output_text.delta", content_index=0, delta=delta, logprobs=[])
+
+
+def part_closed(id: str, text: str, *annotations: JSON) -> List[JSON]:
+    part = text_part(text, *annotations)
+    return [
+        of_item(id, "output_text.done", content_index=0, text=text, logprobs=[]),
+        of_item(id, "content_part.done", content_index=0, part=part),
+    ]
+
+
+def text_closed(id: str, text: str, status: str = "completed") -> List[JSON]:
+    return [*part_closed(id, text), done(message_item(id, status, text_part(text)))]
+
+
+def function_item(id: str, status: str, call_id: str, arguments: str, **more: Any) -> JSON:
+    item = {"id": id, "type": "function_call", "status": status, "arguments": arguments}
+    return {**item, "call_id": call_id, "name": "f", **more}
+
+
+def arguments_told(id: str, delta: str) -> JSON:
+    return of_item(id, "function_call_arguments.delta", delta=delta)
+
+
+def arguments_closed(id: str, arguments: str, item: JSON) -> List[JSON]:
+    return [of_item(id, "function_call_arguments.done", arguments=arguments), done(item)]
+
+
+def custom_item(id: str, status: str, text: str) -> JSON:
+    item = {"id": id, "type": "custom_tool_call", "status": status, "input": text}
+    return {**item, "call_id": "t1", "name": "p"}
+
+
+def reasoning_item(id: str, summary: str = "", *sealed: JSON) -> JSON:
+    parts = [{"type": "summary_text", "text": summary}] if summary else []
+    item: JSON = {"id": id, "type": "reasoning", "summary": parts}
+    return {**item, "encrypted_content": envelope({"thinking": list(sealed)})} if sealed else item
+
+
+def summary_part(id: str, type_: str, text: str) -> JSON:
+    part = {"type": "summary_text", "text": text}
+    return of_item(id, f"reasoning_summary_part.{type_}", summary_index=0, part=part)
+
+
+def summary_text(id: str, type_: str, **fields: str) -> JSON:
+    return of_item(id, f"reasoning_summary_text.{type_}", summary_index=0, **fields)
+
+
+def refusal_told(id: str, index: int, text: str) -> List[JSON]:
+    place = {"content_index": index}
+    part = {"type": "refusal", "refusal": text}
+    return [
+        of_item(id, "content_part.added", **place, part={**part, "refusal": ""}),
+        of_item(id, "refusal.delta", **place, delta=text),
+        of_item(id, "refusal.done", **place, refusal=text),
+        of_item(id, "content_part.done", **place, part=part),
+    ]
+
+
+def search_item(id: str, status: str, query: str, *urls: str) -> JSON:
+    sources = [{"type": "url", "url": url} for url in urls]
+    action = {"type": "search", "query": query, "queries": [query], "sources": sources}
+    return {"id": id, "type": "web_search_call", "status": status, "action": action}
+
+
+def tool_start(index: int, name: str = "f", id: str = "t1") -> JSON:
+    return block_start(index, type="tool_use", id=id, name=name, input={})
+
+
+def stopped(reason: str, *before: JSON, **delta: Any) -> List[Step]:
+    """The last two events of upstream, the second with what it makes."""
+    return [(message_delta(reason, **delta), []), (MESSAGE_STOP, list(before))]
+
+
+class ResponsePlaybook(NamedTuple):
+    """A stream: each event with the events that the client gets for it, at once."""
+
+    steps: List[Step]
+    reply: shim.ResponsesReply = RESPONSE_REPLY
+
+    def events(self) -> List[JSON]:
+        return [given for given, _ in self.steps]
+
+    def told(self, number: Optional[int] = None, *more: JSON) -> List[JSON]:
+        """What the first events make, and `more`, with the numbers that all events have."""
+        made = [told for _, step in self.steps[:number] for told in step]
+        return [{**told, "sequence_number": n} for n, told in enumerate([*made, *more])]
+
+    def transform(self) -> shim.EventTransform:
+        return shim.EventTransform(shim.ResponsesStreamEncoder(self.reply))
+
+
+UML = "\u00fc\u4e16\U0001f600"
+WHOLE_TEXT = message_item("msg_7_0", "completed", text_part(f"Hel{UML}"))
+NO: JSON = {"type": "refusal", "category": "cyber", "explanation": "No."}
+CITED = {
+    "type": "web_search_result_location",
+    "url": "https://w.example",
+    "title": "W",
+    "encrypted_index": "Eo8B",
+    "cited_text": "It is 21C",
+}
+CITATION = {
+    "type": "url_citation",
+    "start_index": 4,
+    "end_index": 8,
+    "title": "W",
+    "url": "https://w.example",
+}
+FOUND = [{"type": "web_search_result", "url": "https://w.example", "title": "W"}]
+
+RESPONSE_PLAYBOOKS = [
+    case(
+        "text",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (block_start(0, type="text", text=""), text_opened("msg_7_0")),
+                (PING, []),
+                (text_delta(0, "Hel"), [text_told("msg_7_0", "Hel")]),
+                (text_delta(0, UML), [text_told("msg_7_0", UML)]),
+                (block_stop(0), []),
+                *stopped("end_turn", *text_closed("msg_7_0", f"Hel{UML}"), ended(WHOLE_TEXT)),
+            ]
+        ),
+    ),
+    case(
+        "one function call",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (tool_start(0), [added(function_item("fc_7_0", "in_progress", "t1", ""))]),
+                (json_delta(0, ""), []),
+                (json_delta(0, '{"a":'), [arguments_told("fc_7_0", '{"a":')]),
+                (json_delta(0, '"x"}'), [arguments_told("fc_7_0", '"x"}')]),
+                (block_stop(0), []),
+                *stopped(
+                    "tool_use",
+                    *arguments_closed(
+                        "fc_7_0",
+                        '{"a":"x"}',
+                        function_item("fc_7_0", "completed", "t1", '{"a":"x"}'),
+                    ),
+                    ended(function_item("fc_7_0", "completed", "t1", '{"a":"x"}')),
+                ),
+            ]
+        ),
+    ),
+    case(
+        "text, then two calls without arguments, one of a namespace (#23, #36, #38)",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (
+                    block_start(0, type="text", text=UML),
+                    [*text_opened("msg_7_0"), text_told("msg_7_0", UML)],
+                ),
+                (block_stop(0), []),
+                (
+                    tool_start(1),
+                    [
+                        *text_closed("msg_7_0", UML),
+                        added(function_item("fc_7_1", "in_progress", "t1", "")),
+                    ],
+                ),
+                (json_delta(1, ""), []),
+                (block_stop(1), []),
+                (
+                    tool_start(2, "ns__g", "t2"),
+                    [
+                        arguments_told("fc_7_1", "{}"),
+                        *arguments_closed(
+                            "fc_7_1", "{}", function_item("fc_7_1", "completed", "t1", "{}")
+                        ),
+                        added(
+                            function_item(
+                                "fc_7_2", "in_progress", "t2", "", name="g", namespace="ns"
+                            )
+                        ),
+                    ],
+                ),
+                (block_stop(2), []),
+                *stopped(
+                    "tool_use",
+                    arguments_told("fc_7_2", "{}"),
+                    *arguments_closed(
+                        "fc_7_2",
+                        "{}",
+                        function_item("fc_7_2", "completed", "t2", "{}", name="g", namespace="ns"),
+                    ),
+                    ended(
+                        message_item("msg_7_0", "completed", text_part(UML)),
+                        function_item("fc_7_1", "completed", "t1", "{}"),
+                        function_item("fc_7_2", "completed", "t2", "{}", name="g", namespace="ns"),
+                    ),
+                ),
+            ]
+        ),
+    ),
+    case(
+        "a call of a tool of free text comes back as one (#27)",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (tool_start(0, "p"), [added(custom_item("ctc_7_0", "in_progress", ""))]),
+                (json_delta(0, '{"input":"*** '), []),
+                (json_delta(0, f'{UML}"}}'), []),
+                (block_stop(0), []),
+                *stopped(
+                    "tool_use",
+                    of_item("ctc_7_0", "custom_tool_call_input.delta", delta=f"*** {UML}"),
+                    of_item("ctc_7_0", "custom_tool_call_input.done", input=f"*** {UML}"),
+                    done(custom_item("ctc_7_0", "completed", f"*** {UML}")),
+                    ended(custom_item("ctc_7_0", "completed", f"*** {UML}")),
+                ),
+            ]
+        ),
+    ),
+    case(
+        "a search for tools that the client is to run",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (
+                    tool_start(0, "tool_search"),
+                    [
+                        added(
+                            {
+                                "id": "tsc_7_0",
+                                "type": "tool_search_call",
+                                "status": "in_progress",
+                                "execution": "client",
+                                "call_id": "t1",
+                                "arguments": {},
+                            }
+                        )
+                    ],
+                ),
+                (json_delta(0, f'{{"query":"{UML}"}}'), []),
+                (block_stop(0), []),
+                *stopped(
+                    "tool_use",
+                    done(
+                        {
+                            "id": "tsc_7_0",
+                            "type": "tool_search_call",
+                            "status": "completed",
+                            "execution": "client",
+                            "call_id": "t1",
+                            "arguments": {"query": UML},
+                        }
+                    ),
+                    ended(
+                        {
+                            "id": "tsc_7_0",
+                            "type": "tool_search_call",
+                            "status": "completed",
+                            "execution": "client",
+                            "call_id": "t1",
+                            "arguments": {"query": UML},
+                        }
+                    ),
+                ),
+            ]
+        ),
+    ),
+    case(
+        "a reasoning summary with its signed block, then text",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (
+                    block_start(0, type="thinking", thinking="", signature=""),
+                    [added(reasoning_item("rs_7_0"))],
+                ),
+                (
+                    block_delta(0, type="thinking_delta", thinking="h"),
+                    [
+                        summary_part("rs_7_0", "added", ""),
+                        summary_text("rs_7_0", "delta", delta="h"),
+                    ],
+                ),
+                (
+                    block_delta(0, type="thinking_delta", thinking="m"),
+                    [summary_text("rs_7_0", "delta", delta="m")],
+                ),
+                (block_delta(0, type="signature_delta", signature="EqQB"), []),
+                (block_stop(0), []),
+                (
+                    block_start(1, type="text", text=""),
+                    [
+                        summary_text("rs_7_0", "done", text="hm"),
+                        summary_part("rs_7_0", "done", "hm"),
+                        done(reasoning_item("rs_7_0", "hm", thought())),
+                        *text_opened("msg_7_1"),
+                    ],
+                ),
+                (text_delta(1, UML), [text_told("msg_7_1", UML)]),
+                (block_stop(1), []),
+                *stopped(
+                    "end_turn",
+                    *text_closed("msg_7_1", UML),
+                    ended(
+                        reasoning_item("rs_7_0", "hm", thought()),
+                        message_item("msg_7_1", "completed", text_part(UML)),
+                    ),
+                ),
+            ]
+        ),
+    ),
+    case(
+        "thoughts that are not shown, redacted, and not signed (S3-B1)",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (
+                    block_start(0, type="thinking", thinking="", signature=""),
+                    [added(reasoning_item("rs_7_0"))],
+                ),
+                (block_delta(0, type="signature_delta", signature="EqQB"), []),
+                (block_stop(0), []),
+                (
+                    block_start(1, **REDACTED),
+                    [
+                        done(reasoning_item("rs_7_0", "", thought(""))),
+                        added(reasoning_item("rs_7_1")),
+                    ],
+                ),
+                (block_stop(1), []),
+                (
+                    block_start(2, type="thinking", thinking=""),
+                    [done(reasoning_item("rs_7_1", "", REDACTED)), added(reasoning_item("rs_7_2"))],
+                ),
+                (
+                    block_delta(2, type="thinking_delta", thinking=UML),
+                    [
+                        summary_part("rs_7_2", "added", ""),
+                        summary_text("rs_7_2", "delta", delta=UML),
+                    ],
+                ),
+                (block_stop(2), []),
+                *stopped(
+                    "end_turn",
+                    summary_text("rs_7_2", "done", text=UML),
+                    summary_part("rs_7_2", "done", UML),
+                    done(reasoning_item("rs_7_2", UML)),
+                    ended(
+                        reasoning_item("rs_7_0", "", thought("")),
+                        reasoning_item("rs_7_1", "", REDACTED),
+                        reasoning_item("rs_7_2", UML),
+                    ),
+                ),
+            ]
+        ),
+    ),
+    case(
+        "a refusal at once is a completed answer (0.16: else Codex pays six times)",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                *stopped(
+                    "refusal",
+                    added(message_item("msg_7_0", "in_progress")),
+                    *refusal_told("msg_7_0", 0, f"No{UML}"),
+                    done(
+                        message_item(
+                            "msg_7_0", "completed", {"type": "refusal", "refusal": f"No{UML}"}
+                        )
+                    ),
+                    ended(
+                        message_item(
+                            "msg_7_0", "completed", {"type": "refusal", "refusal": f"No{UML}"}
+                        )
+                    ),
+                    stop_details={**NO, "explanation": f"No{UML}"},
+                ),
+            ]
+        ),
+    ),
+    case(
+        "a refusal for Codex is a message of plain text, because it drops all others",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (block_start(0, type="text", text=""), text_opened("msg_7_0")),
+                (text_delta(0, UML), [text_told("msg_7_0", UML)]),
+                (block_stop(0), []),
+                *stopped(
+                    "refusal",
+                    *text_closed("msg_7_0", UML),
+                    *text_opened("msg_7_1"),
+                    text_told("msg_7_1", "No."),
+                    *text_closed("msg_7_1", "No."),
+                    ended(
+                        message_item("msg_7_0", "completed", text_part(UML)),
+                        message_item("msg_7_1", "completed", text_part("No.")),
+                    ),
+                    stop_details=NO,
+                ),
+            ],
+            RESPONSE_REPLY._replace(plain_refusal=True),
+        ),
+    ),
+    case(
+        "a refusal after text is a second part",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (block_start(0, type="text", text=""), text_opened("msg_7_0")),
+                (text_delta(0, UML), [text_told("msg_7_0", UML)]),
+                (block_stop(0), []),
+                *stopped(
+                    "refusal",
+                    *part_closed("msg_7_0", UML),
+                    *refusal_told("msg_7_0", 1, "The model declined to answer."),
+                    done(
+                        message_item(
+                            "msg_7_0",
+                            "completed",
+                            text_part(UML),
+                            {"type": "refusal", "refusal": "The model declined to answer."},
+                        )
+                    ),
+                    ended(
+                        message_item(
+                            "msg_7_0",
+                            "completed",
+                            text_part(UML),
+                            {"type": "refusal", "refusal": "The model declined to answer."},
+                        )
+                    ),
+                ),
+            ]
+        ),
+    ),
+    case(
+        "text that is cut off is incomplete (#33)",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (block_start(0, type="text", text=""), text_opened("msg_7_0")),
+                (text_delta(0, UML), [text_told("msg_7_0", UML)]),
+                (block_stop(0), []),
+                *stopped(
+                    "max_tokens",
+                    *text_closed("msg_7_0", UML, "incomplete"),
+                    ended(
+                        message_item("msg_7_0", "incomplete", text_part(UML)),
+                        reason="max_output_tokens",
+                    ),
+                ),
+            ]
+        ),
+    ),
+    case(
+        "a call that is cut off is not completed; the text before it is",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (block_start(0, type="text", text=""), text_opened("msg_7_0")),
+                (text_delta(0, UML), [text_told("msg_7_0", UML)]),
+                (block_stop(0), []),
+                (
+                    tool_start(1),
+                    [
+                        *text_closed("msg_7_0", UML),
+                        added(function_item("fc_7_1", "in_progress", "t1", "")),
+                    ],
+                ),
+                (json_delta(1, '{"a":'), [arguments_told("fc_7_1", '{"a":')]),
+                (block_stop(1), []),
+                *stopped(
+                    "model_context_window_exceeded",
+                    *arguments_closed(
+                        "fc_7_1", '{"a":', function_item("fc_7_1", "incomplete", "t1", '{"a":')
+                    ),
+                    ended(
+                        message_item("msg_7_0", "completed", text_part(UML)),
+                        function_item("fc_7_1", "incomplete", "t1", '{"a":'),
+                        reason="max_output_tokens",
+                    ),
+                ),
+            ]
+        ),
+    ),
+    case(
+        "a search of the web, and one message of the texts that cite it",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (
+                    block_start(0, type="server_tool_use", id="s1", name="web_search", input={}),
+                    [
+                        added(search_item("ws_7_0", "in_progress", "")),
+                        of_item("ws_7_0", "web_search_call.in_progress"),
+                        of_item("ws_7_0", "web_search_call.searching"),
+                    ],
+                ),
+                (json_delta(0, f'{{"query":"{UML}"}}'), []),
+                (block_stop(0), []),
+                (
+                    block_start(1, type="web_search_tool_result", tool_use_id="s1", content=FOUND),
+                    [],
+                ),
+                (block_stop(1), []),
+                (
+                    block_start(2, type="text", text=""),
+                    [
+                        of_item("ws_7_0", "web_search_call.completed"),
+                        done(search_item("ws_7_0", "completed", UML, "https://w.example")),
+                        *text_opened("msg_7_1"),
+                    ],
+                ),
+                (text_delta(2, "Now "), [text_told("msg_7_1", "Now ")]),
+                (block_stop(2), []),
+                (block_start(3, type="text", text="", citations=[]), []),
+                (block_delta(3, type="citations_delta", citation=CITED), []),
+                (text_delta(3, "21C."), [text_told("msg_7_1", "21C.")]),
+                (block_stop(3), []),
+                *stopped(
+                    "end_turn",
+                    of_item(
+                        "msg_7_1",
+                        "output_text.annotation.added",
+                        content_index=0,
+                        annotation_index=0,
+                        annotation=CITATION,
+                    ),
+                    *part_closed("msg_7_1", "Now 21C.", CITATION),
+                    done(message_item("msg_7_1", "completed", text_part("Now 21C.", CITATION))),
+                    ended(
+                        search_item("ws_7_0", "completed", UML, "https://w.example"),
+                        message_item("msg_7_1", "completed", text_part("Now 21C.", CITATION)),
+                    ),
+                ),
+            ]
+        ),
+    ),
+    case(
+        "a search that fails; server tools that nobody asked to see leave no gap (#36)",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (
+                    block_start(
+                        0, type="server_tool_use", id="c1", name="code_execution", input={}
+                    ),
+                    [],
+                ),
+                (json_delta(0, '{"code":"1"}'), []),
+                (block_stop(0), []),
+                (
+                    block_start(1, type="code_execution_tool_result", tool_use_id="c1", content={}),
+                    [],
+                ),
+                (block_stop(1), []),
+                (
+                    block_start(
+                        2, type="server_tool_use", id="s1", name="web_search", input={"query": UML}
+                    ),
+                    [
+                        added(search_item("ws_7_0", "in_progress", UML)),
+                        of_item("ws_7_0", "web_search_call.in_progress"),
+                        of_item("ws_7_0", "web_search_call.searching"),
+                    ],
+                ),
+                (block_stop(2), []),
+                (
+                    block_start(
+                        3,
+                        type="web_search_tool_result",
+                        tool_use_id="s1",
+                        content={
+                            "type": "web_search_tool_result_error",
+                            "error_code": "unavailable",
+                        },
+                    ),
+                    [],
+                ),
+                (block_stop(3), []),
+                *stopped(
+                    "end_turn",
+                    of_item("ws_7_0", "web_search_call.completed"),
+                    done(search_item("ws_7_0", "failed", UML)),
+                    ended(search_item("ws_7_0", "failed", UML)),
+                ),
+            ]
+        ),
+    ),
+    case(
+        "a summary is one item, whatever else was thought",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (block_start(0, type="thinking", thinking="", signature=""), []),
+                (block_delta(0, type="thinking_delta", thinking="hm"), []),
+                (block_stop(0), []),
+                (
+                    block_start(1, type="text", text=""),
+                    [added({"id": "cmp_7_0", "type": "compaction", "encrypted_content": ""})],
+                ),
+                (text_delta(1, UML), []),
+                (block_stop(1), []),
+                *stopped(
+                    "end_turn",
+                    done(
+                        {
+                            "id": "cmp_7_0",
+                            "type": "compaction",
+                            "encrypted_content": envelope({"summary": UML}),
+                        }
+                    ),
+                    ended(
+                        {
+                            "id": "cmp_7_0",
+                            "type": "compaction",
+                            "encrypted_content": envelope({"summary": UML}),
+                        }
+                    ),
+                ),
+            ],
+            RESPONSE_REPLY._replace(compacts=True),
+        ),
+    ),
+    case(
+        "a JSON object loses the fence around it",
+        ResponsePlaybook(
+            [
+                RESPONSE_START,
+                (block_start(0, type="text", text=""), text_opened("msg_7_0")),
+                (text_delta(0, "```json\n"), []),
+                (text_delta(0, f'{{"a":"{UML}"}}'), [text_told("msg_7_0", f'{{"a":"{UML}"}}')]),
+                (text_delta(0, "\n```"), []),
+                (block_stop(0), []),
+                *stopped(
+                    "end_turn",
+                    *text_closed("msg_7_0", f'{{"a":"{UML}"}}'),
+                    ended(message_item("msg_7_0", "completed", text_part(f'{{"a":"{UML}"}}'))),
+                ),
+            ],
+            RESPONSE_REPLY._replace(json_object=True),
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("playbook", RESPONSE_PLAYBOOKS)
+def test_response_stream_whole_and_byte_by_byte(playbook: ResponsePlaybook) -> None:
+    for written in WRITTEN:
+        raw = written(sse(*playbook.events()))
+        whole, bytewise = playbook.transform(), playbook.transform()
+        at_once = whole.feed(raw)
+        assert chunks(at_once) == playbook.told(), written.__name__
+        assert b"".join(bytewise.feed(raw[i : i + 1]) for i in range(len(raw))) == at_once
+        assert (whole.complete, bytewise.complete) == (True, True)
+        assert whole.end() + bytewise.end() == b""
+
+
+@pytest.mark.parametrize("playbook", RESPONSE_PLAYBOOKS)
+def test_response_stream_answers_each_event_at_once(playbook: ResponsePlaybook) -> None:
+    transform = playbook.transform()
+    made = [chunks(transform.feed(sse(given))) for given in playbook.events()]
+    assert list(map(len, made)) == [len(step) for _, step in playbook.steps]
+    assert [told for step in made for told in step] == playbook.told()
+
+
+@pytest.mark.parametrize("playbook", RESPONSE_PLAYBOOKS)
+def test_response_stream_names_each_event_by_its_type(playbook: ResponsePlaybook) -> None:
+    """No event without data, no id, no [DONE] (0.5)."""
+    stream = playbook.transform().feed(sse(*playbook.events())).decode("ascii")
+    lines = [block.split("\n") for block in stream.split("\n\n")[:-1]]
+    assert all(len(block) == 2 for block in lines)
+    types = [json.loads(data[len("data: ") :])["type"] for _, data in lines]
+    assert [name for name, _ in lines] == [f"event: {type_}" for type_ in types]
+
+
+def failure_of(playbook: ResponsePlaybook, number: int, error: JSON) -> List[JSON]:
+    """What is told after the first events, when nothing but an error follows."""
+    told = playbook.told(number)
+    items = [e["item"] for e in told if e["type"] == "response.output_item.done"]
+    short = {"code": error["code"], "message": error["message"]}
+    failed = {**RESPONSE, "status": "failed", "output": items, "error": short}
+    return playbook.told(
+        number, event("error", error=error), event("response.failed", response=failed)
+    )
+
+
+RESPONSE_CUT = {**CUT["error"], "code": "server_error"}
+
+
+@pytest.mark.parametrize("playbook", RESPONSE_PLAYBOOKS)
+def test_response_stream_cut_off_has_failed(playbook: ResponsePlaybook) -> None:
+    """At each event and inside it: never response.completed (#30, #32)."""
+    events = playbook.events()
+    for number, given in enumerate(events):
+        last = sse(given)
+        for cut in (0, len(last) // 2, len(last) - 1):
+            transform = playbook.transform()
+            made = transform.feed(sse(*events[:number]) + last[:cut]) + transform.end()
+            assert chunks(made) == failure_of(playbook, number, RESPONSE_CUT)
+            assert b"response.completed" not in made
+            assert transform.feed(last[cut:]) + transform.end() == b""
+            assert transform.complete is False
+
+
+@pytest.mark.parametrize("playbook", RESPONSE_PLAYBOOKS)
+def test_response_stream_error_in_the_middle_ends_it(playbook: ResponsePlaybook) -> None:
+    events = playbook.events()
+    overloaded = OVERLOADED_CHUNK["error"]
+    for number in range(len(events)):
+        raw = sse(*events[:number], OVERLOADED, *events[number:])
+        for size in (len(raw), 100):
+            transform = playbook.transform()
+            made = [transform.feed(raw[i : i + size]) for i in range(0, len(raw), size)]
+            made.append(transform.end())
+            assert chunks(b"".join(made)) == failure_of(playbook, number, overloaded)
+            assert transform.complete is False
+
+
+FAILURE_CODES = [
+    case(
+        "overloaded: Codex tries five times, not thirty",
+        "overloaded_error",
+        "x",
+        "server_is_overloaded",
+    ),
+    case("a limit", "rate_limit_error", "x", "rate_limit_exceeded"),
+    case("no money", "billing_error", "x", "insufficient_quota"),
+    case("too long", "invalid_request_error", "prompt is too long: 9", "context_length_exceeded"),
+    case("a bad request is not sent again", "invalid_request_error", "x", "invalid_prompt"),
+    case("anything else", "api_error", "x", "server_error"),
+]
+
+
+@pytest.mark.parametrize(("type_", "text", "code"), FAILURE_CODES)
+def test_response_failure_has_a_code_that_codex_knows(type_: str, text: str, code: str) -> None:
+    transform = shim.EventTransform(shim.ResponsesStreamEncoder(RESPONSE_REPLY))
+    failing = {"type": "error", "error": {"type": type_, "message": text}}
+    error, failed = chunks(transform.feed(sse(failing)))
+    assert (error["error"]["code"], failed["response"]["error"]["code"]) == (code, code)
+
+
+@pytest.mark.parametrize("playbook", RESPONSE_PLAYBOOKS)
+def test_response_in_one_piece_is_what_the_stream_ends_with(playbook: ResponsePlaybook) -> None:
+    assembler = shim.MessageAssembler()
+    for given in playbook.events():
+        assembler.feed(given)
+    assert assembler.message is not None
+    before = json.dumps(assembler.message)
+    whole = shim.response_from_message(assembler.message, playbook.reply)
+    assert shim.loads(shim.dumps(whole)) == playbook.told()[-1]["response"]
+    assert json.dumps(assembler.message) == before
+
+
+@pytest.mark.parametrize("playbook", RESPONSE_PLAYBOOKS)
+def test_response_remembers_its_message_once_and_leaves_events_alone(
+    playbook: ResponsePlaybook,
+) -> None:
+    told: List[Tuple[JSON, JSON]] = []
+    encoder = shim.ResponsesStreamEncoder(playbook.reply, lambda *both: told.append(both))
+    before = json.dumps(playbook.events())
+    last = chunks(b"".join(encoder.feed(given) for given in playbook.events()))[-1]
+    assert [response for _, response in told] == [last["response"]]
+    assert told[0][0]["id"] == "msg_01"
+    assert json.dumps(playbook.events()) == before
+
+
+def test_response_splices_text_as_it_stands() -> None:
+    """Percent signs of a template, escapes and characters of several bytes."""
+    parts = ["100 %", "%d %b", 'a"\\\n', "\u2028", UML]
+    events = [
+        message_start(),
+        block_start(0, type="text", text=""),
+        *(text_delta(0, p) for p in parts),
+    ]
+    encoder = shim.ResponsesStreamEncoder(RESPONSE_REPLY._replace(id="resp_%s"))
+    made = chunks(shim.EventTransform(encoder).feed(sse(*events)))
+    assert [e["delta"] for e in made[4:]] == parts
+    assert [e["sequence_number"] for e in made] == list(range(9))
+    assert {e["item_id"] for e in made[4:]} == {"msg_%s_0"}
+
+
+def test_response_without_any_summary_has_failed() -> None:
+    reply = RESPONSE_REPLY._replace(compacts=True)
+    transform = shim.EventTransform(shim.ResponsesStreamEncoder(reply))
+    made = chunks(transform.feed(sse(message_start(), message_delta("end_turn"), MESSAGE_STOP)))
+    assert [e["type"] for e in made][2:] == ["error", "response.failed"]
+    with pytest.raises(shim.UpstreamCutError, match="no summary"):
+        shim.response_from_message(chat_message_of(), reply)
+
+
+def test_response_heartbeat_is_an_event_once_it_has_begun() -> None:
+    """Codex's idle timer hears no comments; before response.created there may be no event."""
+    encoder = shim.ResponsesStreamEncoder(RESPONSE_REPLY)
+    assert encoder.heartbeat == b": keep-alive\n\n"
+    encoder.feed(message_start())
+    expected = b'event: keepalive\ndata: {"type":"keepalive","sequence_number":2}\n\n'
+    assert encoder.heartbeat == expected
+
+
+def test_response_that_ends_before_it_began_is_an_error() -> None:
+    transform = shim.EventTransform(shim.ResponsesStreamEncoder(RESPONSE_REPLY))
+    made = chunks(transform.feed(sse(block_start(0, type="text", text="a"), MESSAGE_STOP)))
+    assert [e["type"] for e in made] == ["error", "response.failed"]
+
+
+def test_response_usage_counts_the_cache() -> None:
+    told = {
+        "input_tokens": 12,
+        "cache_creation_input_tokens": 1500,
+        "cache_read_input_tokens": 8000,
+        "output_tokens": 90,
+        "output_tokens_details": {"thinking_tokens": 40},
+    }
+    assert shim.responses_usage(told) == {
+        "input_tokens": 9512,
+        "input_tokens_details": {"cached_tokens": 8000, "cache_write_tokens": 1500},
+        "output_tokens": 90,
+        "output_tokens_details": {"reasoning_tokens": 40},
+        "total_tokens": 9602,
+    }
+
+
+@pytest.mark.parametrize(("fields", "plain"), [({}, False), ({"client_metadata": {}}, True)])
+def test_responses_plain_refusal_is_for_codex(fields: JSON, plain: bool) -> None:
+    draft = drafted({**asked(HI), **fields})
+    assert shim.ResponsesReply.to(draft, "resp_7", lambda: 7).plain_refusal is plain
+
+
+def test_response_repeats_its_request() -> None:
+    fields = {
+        "instructions": "Be brief.",
+        "max_output_tokens": 99,
+        "metadata": {"a": "b"},
+        "parallel_tool_calls": False,
+        "reasoning": {"effort": "low"},
+        "text": {"verbosity": "low"},
+        "tools": [flat()],
+        "tool_choice": {"type": "function", "name": "f"},
+        "truncation": "auto",
+        "user": "u",
+    }
+    unknown = {
+        "status": "x",
+        "error": "x",
+        "output": "x",
+        "usage": "x",
+        "object": "x",
+        "service_tier": "flex",
+    }
+    draft = drafted({**asked(HI), **fields, **unknown})
+    reply = shim.ResponsesReply.to(draft, "resp_7", lambda: 7)
+    made = shim.response_from_message(chat_message_of(says("a")), reply)
+    expected = {
+        **RESPONSE,
+        **fields,
+        "text": {"format": {"type": "text"}, "verbosity": "low"},
+        "status": "completed",
+        "completed_at": 7,
+        "output": [message_item("msg_7_0", "completed", text_part("a"))],
+        "usage": RESPONSE_USAGE,
+    }
+    assert made == expected
+    assert list(made) == list(RESPONSE)
 
 
 # ----------------------------------------------------------------------
