@@ -8468,7 +8468,7 @@ def thought(thinking: str = "hm", signature: str = "EqQB") -> JSON:
     return {"type": "thinking", "thinking": thinking, "signature": signature}
 
 
-REDACTED: JSON = {"type": "redacted_thinking", "data": "EmwK"}
+HIDDEN_THOUGHT: JSON = {"type": "redacted_thinking", "data": "EmwK"}
 SEALED_THOUGHT = envelope({"thinking": [thought()]})
 
 
@@ -8508,7 +8508,7 @@ def test_envelope_with_any_character_changed_holds_nothing() -> None:
 # --- (a) requests
 
 
-def asked(*items: Any, **fields: Any) -> JSON:
+def asks(*items: Any, **fields: Any) -> JSON:
     """A Responses body."""
     return {"model": "opus", "input": list(items), **fields}
 
@@ -8544,8 +8544,8 @@ def flat(name: str = "f", **more: Any) -> JSON:
     return {"type": "function", "name": name, **more}
 
 
-HI = message("hi")
-GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}
+GREETING = message("hi")
+LARK = {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}
 FREE_TEXT: JSON = {
     "type": "object",
     "properties": {"input": {"type": "string"}},
@@ -8555,15 +8555,15 @@ WEB = {"type": "web_search_20250305", "name": "web_search"}
 
 ITEMS = [
     case("a string", {"model": "opus", "input": "hi"}, wanted(user("hi"))),
-    case("a message", asked(HI), wanted(user("hi"))),
+    case("a message", asks(GREETING), wanted(user("hi"))),
     case(
         "a message without type, by the role alone",
-        asked({"role": "user", "content": "hi"}),
+        asks({"role": "user", "content": "hi"}),
         wanted(user("hi")),
     ),
     case(
         "parts of Responses and of Chat Completions side by side",
-        asked(
+        asks(
             message(
                 [
                     {"type": "input_text", "text": "a"},
@@ -8598,30 +8598,30 @@ ITEMS = [
     ),
     case(
         "instructions, developer and system messages are system until somebody spoke",
-        asked(message("b", "developer"), message("c", "system"), HI, instructions="a"),
+        asks(message("b", "developer"), message("c", "system"), GREETING, instructions="a"),
         wanted(user("hi"), system=[says("a"), says("b"), says("c")]),
     ),
     case(
         "a developer message in the middle keeps its place",
-        asked(HI, message("b", "developer")),
+        asks(GREETING, message("b", "developer")),
         wanted(user("hi"), {"role": "system", "content": [says("b")]}),
     ),
     case(
         "an answer in its own shape, without type as Vercel sends it, and as plain text",
-        asked(
-            HI,
+        asks(
+            GREETING,
             message([out_text("a")], "assistant", id="msg_1", phase="commentary"),
             {"role": "assistant", "content": [out_text("b")], "id": "msg_2"},
             {"role": "assistant", "content": "c"},
             {"role": "assistant", "content": [{"type": "refusal", "refusal": "d"}]},
-            HI,
+            GREETING,
         ),
         wanted(user("hi"), assistant("a", "b", "c", "d"), user("hi")),
     ),
     case(
         "reasoning and two calls are one turn, their results the next (3; Codex's order)",
-        asked(
-            HI,
+        asks(
+            GREETING,
             in_reasoning(thought(), content=None),
             in_call("t1", '{"a":1}'),
             in_call("t2"),
@@ -8636,34 +8636,34 @@ ITEMS = [
     ),
     case(
         "several thoughts, one of them redacted, in their places",
-        asked(
-            HI,
+        asks(
+            GREETING,
             in_reasoning(thought("a")),
             message([out_text("b")], "assistant"),
-            in_reasoning(REDACTED, thought("c")),
+            in_reasoning(HIDDEN_THOUGHT, thought("c")),
             in_call("t1"),
             in_output("t1"),
         ),
         wanted(
             user("hi"),
-            assistant(thought("a"), "b", REDACTED, thought("c"), use("t1")),
+            assistant(thought("a"), "b", HIDDEN_THOUGHT, thought("c"), use("t1")),
             user(result("t1")),
         ),
     ),
     case(
         "reasoning without an envelope says nothing",
-        asked(HI, in_reasoning(summary=[{"type": "summary_text", "text": "s"}]), HI),
+        asks(GREETING, in_reasoning(summary=[{"type": "summary_text", "text": "s"}]), GREETING),
         wanted(user("hi", "hi")),
     ),
     case(
         "thinking that nothing follows goes, as no turn may end in it",
-        asked(HI, message("a", "assistant"), in_reasoning(thought()), HI),
+        asks(GREETING, message("a", "assistant"), in_reasoning(thought()), GREETING),
         wanted(user("hi"), assistant("a"), user("hi")),
     ),
     case(
         "a result with an image, as Codex sends it for MCP",
-        asked(
-            HI,
+        asks(
+            GREETING,
             in_call("t1"),
             in_output(
                 "t1",
@@ -8685,7 +8685,9 @@ ITEMS = [
     ),
     case(
         "no arguments, arguments that are no JSON, an id that Anthropic refuses",
-        asked(HI, in_call("a.b", ""), in_call("t2", "{"), in_output("a.b", ""), in_output("t2")),
+        asks(
+            GREETING, in_call("a.b", ""), in_call("t2", "{"), in_output("a.b", ""), in_output("t2")
+        ),
         wanted(
             user("hi"),
             assistant(use("a_b_2e7336dc"), use("t2", _raw="{")),
@@ -8694,8 +8696,8 @@ ITEMS = [
     ),
     case(
         "a custom call and its output",
-        asked(
-            HI,
+        asks(
+            GREETING,
             {"type": "custom_tool_call", "call_id": "t1", "name": "p", "input": "*** Begin"},
             in_output("t1", "Done", "custom_tool_call"),
         ),
@@ -8705,13 +8707,13 @@ ITEMS = [
     ),
     case(
         "a call without tools keeps the name that its namespace made (Codex's local compaction)",
-        asked(HI, in_call("t1", namespace="ns", name="g"), in_output("t1"), tools=[]),
+        asks(GREETING, in_call("t1", namespace="ns", name="g"), in_output("t1"), tools=[]),
         wanted(user("hi"), assistant(use("t1", "ns__g")), user(result("t1"))),
     ),
     case(
         "a search for tools: a call, its result, and the tools found",
-        asked(
-            HI,
+        asks(
+            GREETING,
             {
                 "type": "tool_search_call",
                 "call_id": "t1",
@@ -8729,18 +8731,18 @@ ITEMS = [
     ),
     case(
         "tools in an item and none above (Codex for its newest models)",
-        asked({"type": "additional_tools", "role": "developer", "tools": [flat()]}, HI),
+        asks({"type": "additional_tools", "role": "developer", "tools": [flat()]}, GREETING),
         wanted(user("hi"), tools=[tool("f")]),
     ),
     case(
         "a summary of what was said before",
-        asked({"type": "compaction", "encrypted_content": envelope({"summary": "All."})}, HI),
+        asks({"type": "compaction", "encrypted_content": envelope({"summary": "All."})}, GREETING),
         wanted(user("<conversation-summary>\nAll.\n</conversation-summary>", "hi")),
     ),
     case(
         "a change of settings in the middle",
-        asked(
-            HI,
+        asks(
+            GREETING,
             {
                 "type": "configuration_update",
                 "reasoning": {"effort": "low"},
@@ -8754,8 +8756,8 @@ ITEMS = [
         ),
     ),
     case(
-        "a call that was not answered, and a result that nobody asked for",
-        asked(HI, in_call("t1"), HI, in_output("t9", "stray")),
+        "a call that was not answered, and a result that nobody asks for",
+        asks(GREETING, in_call("t1"), GREETING, in_output("t9", "stray")),
         wanted(user("hi"), assistant(use("t1")), user(no_result("t1"), "hi", "stray")),
     ),
 ]
@@ -8776,8 +8778,8 @@ SUMMARISED = wanted(user("hi", shim.SUMMARISE))
 
 
 def test_responses_compaction_trigger_asks_for_a_summary() -> None:
-    body = asked(
-        HI,
+    body = asks(
+        GREETING,
         {"type": "compaction_trigger"},
         tools=[flat()],
         tool_choice="required",
@@ -8818,7 +8820,7 @@ RESPONSE_TOOLS = [
     ),
     case(
         "a tool of free text with a grammar",
-        [{"type": "custom", "name": "p", "description": "Patch.", "format": GRAMMAR}],
+        [{"type": "custom", "name": "p", "description": "Patch.", "format": LARK}],
         [
             {
                 "name": "p",
@@ -8903,7 +8905,7 @@ RESPONSE_TOOLS = [
 
 @pytest.mark.parametrize(("given", "expected", "called_as"), RESPONSE_TOOLS)
 def test_responses_tools(given: List[JSON], expected: List[JSON], called_as: JSON) -> None:
-    draft = drafted(asked(HI, tools=given))
+    draft = drafted(asks(GREETING, tools=given))
     request = draft.finished()
     assert request["tools"] == expected
     told = {name: tuple(draft.called_as[name]) for name in called_as}
@@ -8915,12 +8917,12 @@ def test_responses_tools(given: List[JSON], expected: List[JSON], called_as: JSO
 def test_responses_history_calls_a_tool_by_the_name_that_it_has_now() -> None:
     space = {"type": "namespace", "name": "ns", "tools": [flat("g")]}
     items = [in_call("t1", name="g", namespace="ns"), in_call("t2", name="ns__g")]
-    draft = drafted(asked(HI, *items, tools=[space, flat("ns__g")]))
+    draft = drafted(asks(GREETING, *items, tools=[space, flat("ns__g")]))
     assert draft.finished()["messages"][1] == assistant(use("t1", "ns__g_"), use("t2", "ns__g"))
 
 
 TWO_TOOLS = [flat("f"), {"type": "namespace", "name": "ns", "tools": [flat("g")]}]
-CHOICES = [
+RESPONSE_CHOICES = [
     case("none", "none", {"type": "none"}),
     case("required", "required", {"type": "any"}),
     case("a function", {"type": "function", "name": "f"}, {"type": "tool", "name": "f"}),
@@ -8940,10 +8942,10 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize(("choice", "expected"), CHOICES)
+@pytest.mark.parametrize(("choice", "expected"), RESPONSE_CHOICES)
 def test_responses_tool_choice(choice: Any, expected: JSON) -> None:
     tools = [*TWO_TOOLS, {"type": "web_search"}]
-    request = drafted(asked(HI, tools=tools, tool_choice=choice)).finished()
+    request = drafted(asks(GREETING, tools=tools, tool_choice=choice)).finished()
     assert request["tool_choice"] == expected
     assert len(request["tools"]) == (1 if "mode" in choice else 3)
 
@@ -9025,7 +9027,7 @@ RESPONSE_FIELDS = [
 
 @pytest.mark.parametrize(("fields", "expected"), RESPONSE_FIELDS)
 def test_responses_fields(fields: JSON, expected: JSON) -> None:
-    draft = drafted(asked(HI, **fields))
+    draft = drafted(asks(GREETING, **fields))
     assert draft.finished() == wanted(user("hi"), **expected)
     assert list(draft.ignored) == []
 
@@ -9060,32 +9062,32 @@ RESPONSES_UNHEARD = [
     ),
     case(
         "calls of hosted tools",
-        {"input": [HI, {"type": "web_search_call", "id": "ws_1"}, {"type": "mcp_call"}]},
+        {"input": [GREETING, {"type": "web_search_call", "id": "ws_1"}, {"type": "mcp_call"}]},
         ["input.mcp_call", "input.web_search_call"],
     ),
     case(
         "a search for tools that the client did not run",
-        {"input": [HI, {"type": "tool_search_call", "call_id": None, "arguments": {}}]},
+        {"input": [GREETING, {"type": "tool_search_call", "call_id": None, "arguments": {}}]},
         ["input.tool_search_call"],
     ),
     case(
         "thinking in a foreign envelope",
-        {"input": [HI, {"type": "reasoning", "summary": [], "encrypted_content": "gAAAAAB"}]},
+        {"input": [GREETING, {"type": "reasoning", "summary": [], "encrypted_content": "gAAAAAB"}]},
         ["input.reasoning.encrypted_content"],
     ),
     case(
         "thinking in an envelope that was tampered with",
-        {"input": [HI, in_reasoning(encrypted_content=SEALED_THOUGHT[:-1] + "x")]},
+        {"input": [GREETING, in_reasoning(encrypted_content=SEALED_THOUGHT[:-1] + "x")]},
         ["input.reasoning.encrypted_content"],
     ),
     case(
         "a foreign summary",
-        {"input": [HI, {"type": "compaction", "encrypted_content": "gAAAAAB"}]},
+        {"input": [GREETING, {"type": "compaction", "encrypted_content": "gAAAAAB"}]},
         ["input.compaction"],
     ),
     case(
         "reasoning that was forgotten",
-        {"input": [HI, {"type": "item_reference", "id": "rs_gone"}]},
+        {"input": [GREETING, {"type": "item_reference", "id": "rs_gone"}]},
         ["input.item_reference"],
     ),
     case(
@@ -9107,7 +9109,7 @@ RESPONSES_UNHEARD = [
 
 @pytest.mark.parametrize(("fields", "expected"), RESPONSES_UNHEARD)
 def test_responses_ignored_fields_are_named(fields: JSON, expected: List[str]) -> None:
-    draft = drafted({**asked(HI), **fields})
+    draft = drafted({**asks(GREETING), **fields})
     assert sorted(draft.ignored) == expected
     assert faults(draft.finished()) == []
     assert b"gAAAAAB" not in shim.dumps(draft.finished())
@@ -9170,7 +9172,7 @@ RESPONSES_REFUSED = [
 
 @pytest.mark.parametrize(("fields", "param", "reason"), RESPONSES_REFUSED)
 def test_responses_refused(fields: JSON, param: Optional[str], reason: str) -> None:
-    body = {**asked(HI), **fields}
+    body = {**asks(GREETING), **fields}
     if param is None:  # OpenAI's own searches for tools have no name, and are called so
         assert drafted(body).finished()["messages"][1] == assistant(use("t", "tool_search"))
         return
@@ -9183,13 +9185,13 @@ def test_responses_refused(fields: JSON, param: Optional[str], reason: str) -> N
 def test_responses_reference_is_the_item_itself() -> None:
     kept = {"msg_1": message([out_text("a")], "assistant"), "rs_1": in_reasoning(thought())}
     items = [
-        HI,
+        GREETING,
         {"type": "item_reference", "id": "msg_1"},
         {"type": None, "id": "rs_1"},
         in_call("t1"),
         in_output("t1"),
     ]
-    draft = drafted(asked(*items), item=kept.get)
+    draft = drafted(asks(*items), item=kept.get)
     expected = [user("hi"), assistant("a", thought(), use("t1")), user(result("t1"))]
     assert draft.finished()["messages"] == expected
     full_hi = message([{"type": "input_text", "text": "hi"}], status="completed")
@@ -9199,8 +9201,8 @@ def test_responses_reference_is_the_item_itself() -> None:
 
 
 def test_responses_previous_response_comes_before_the_input() -> None:
-    before = {"resp_1": [HI, in_reasoning(thought()), in_call("t1")]}
-    draft = drafted(asked(in_output("t1"), previous_response_id="resp_1"), history=before.get)
+    before = {"resp_1": [GREETING, in_reasoning(thought()), in_call("t1")]}
+    draft = drafted(asks(in_output("t1"), previous_response_id="resp_1"), history=before.get)
     expected = [user("hi"), assistant(thought(), use("t1")), user(result("t1"))]
     assert draft.finished()["messages"] == expected
     assert draft.items == [in_output("t1")]
@@ -9208,14 +9210,14 @@ def test_responses_previous_response_comes_before_the_input() -> None:
 
 def test_responses_previous_response_needs_no_input() -> None:
     body = {"model": "opus", "previous_response_id": "resp_1"}
-    draft = drafted(body, history={"resp_1": [HI]}.get)
+    draft = drafted(body, history={"resp_1": [GREETING]}.get)
     assert draft.finished() == wanted(user("hi"))
 
 
 def test_responses_remembers_thinking_that_a_client_left_out() -> None:
     """D5: the last resort, only for a turn that came without any."""
     items = [
-        HI,
+        GREETING,
         message("a", "assistant"),
         in_call("t1"),
         in_output("t1"),
@@ -9224,7 +9226,7 @@ def test_responses_remembers_thinking_that_a_client_left_out() -> None:
         in_output("t2"),
     ]
     kept = {"t1": [thought("kept")], "t2": [thought("not this")]}
-    draft = drafted(asked(*items), thinking=lambda call_id: kept.get(call_id, []))
+    draft = drafted(asks(*items), thinking=lambda call_id: kept.get(call_id, []))
     turns = draft.finished()["messages"]
     assert turns[1] == assistant(thought("kept"), "a", use("t1"))
     assert turns[3] == assistant(thought("own"), use("t2"))
@@ -9292,7 +9294,7 @@ RESPONSE_USAGE: JSON = {
 }
 
 
-def ended(*output: JSON, reason: Optional[str] = None) -> JSON:
+def finished_by(*output: JSON, reason: Optional[str] = None) -> JSON:
     """The last event of an answer that is whole, or incomplete for a reason."""
     if reason:
         how = {"status": "incomplete", "incomplete_details": {"reason": reason}}
@@ -9440,7 +9442,7 @@ CITED = {
     "encrypted_index": "Eo8B",
     "cited_text": "It is 21C",
 }
-CITATION = {
+URL_CITATION = {
     "type": "url_citation",
     "start_index": 4,
     "end_index": 8,
@@ -9460,7 +9462,7 @@ RESPONSE_PLAYBOOKS = [
                 (text_delta(0, "Hel"), [text_told("msg_7_0", "Hel")]),
                 (text_delta(0, UML), [text_told("msg_7_0", UML)]),
                 (block_stop(0), []),
-                *stopped("end_turn", *text_closed("msg_7_0", f"Hel{UML}"), ended(WHOLE_TEXT)),
+                *stopped("end_turn", *text_closed("msg_7_0", f"Hel{UML}"), finished_by(WHOLE_TEXT)),
             ]
         ),
     ),
@@ -9481,7 +9483,7 @@ RESPONSE_PLAYBOOKS = [
                         '{"a":"x"}',
                         function_item("fc_7_0", "completed", "t1", '{"a":"x"}'),
                     ),
-                    ended(function_item("fc_7_0", "completed", "t1", '{"a":"x"}')),
+                    finished_by(function_item("fc_7_0", "completed", "t1", '{"a":"x"}')),
                 ),
             ]
         ),
@@ -9528,7 +9530,7 @@ RESPONSE_PLAYBOOKS = [
                         "{}",
                         function_item("fc_7_2", "completed", "t2", "{}", name="g", namespace="ns"),
                     ),
-                    ended(
+                    finished_by(
                         message_item("msg_7_0", "completed", text_part(UML)),
                         function_item("fc_7_1", "completed", "t1", "{}"),
                         function_item("fc_7_2", "completed", "t2", "{}", name="g", namespace="ns"),
@@ -9551,7 +9553,7 @@ RESPONSE_PLAYBOOKS = [
                     of_item("ctc_7_0", "custom_tool_call_input.delta", delta=f"*** {UML}"),
                     of_item("ctc_7_0", "custom_tool_call_input.done", input=f"*** {UML}"),
                     done(custom_item("ctc_7_0", "completed", f"*** {UML}")),
-                    ended(custom_item("ctc_7_0", "completed", f"*** {UML}")),
+                    finished_by(custom_item("ctc_7_0", "completed", f"*** {UML}")),
                 ),
             ]
         ),
@@ -9590,7 +9592,7 @@ RESPONSE_PLAYBOOKS = [
                             "arguments": {"query": UML},
                         }
                     ),
-                    ended(
+                    finished_by(
                         {
                             "id": "tsc_7_0",
                             "type": "tool_search_call",
@@ -9640,7 +9642,7 @@ RESPONSE_PLAYBOOKS = [
                 *stopped(
                     "end_turn",
                     *text_closed("msg_7_1", UML),
-                    ended(
+                    finished_by(
                         reasoning_item("rs_7_0", "hm", thought()),
                         message_item("msg_7_1", "completed", text_part(UML)),
                     ),
@@ -9660,7 +9662,7 @@ RESPONSE_PLAYBOOKS = [
                 (block_delta(0, type="signature_delta", signature="EqQB"), []),
                 (block_stop(0), []),
                 (
-                    block_start(1, **REDACTED),
+                    block_start(1, **HIDDEN_THOUGHT),
                     [
                         done(reasoning_item("rs_7_0", "", thought(""))),
                         added(reasoning_item("rs_7_1")),
@@ -9669,7 +9671,10 @@ RESPONSE_PLAYBOOKS = [
                 (block_stop(1), []),
                 (
                     block_start(2, type="thinking", thinking=""),
-                    [done(reasoning_item("rs_7_1", "", REDACTED)), added(reasoning_item("rs_7_2"))],
+                    [
+                        done(reasoning_item("rs_7_1", "", HIDDEN_THOUGHT)),
+                        added(reasoning_item("rs_7_2")),
+                    ],
                 ),
                 (
                     block_delta(2, type="thinking_delta", thinking=UML),
@@ -9684,9 +9689,9 @@ RESPONSE_PLAYBOOKS = [
                     summary_text("rs_7_2", "done", text=UML),
                     summary_part("rs_7_2", "done", UML),
                     done(reasoning_item("rs_7_2", UML)),
-                    ended(
+                    finished_by(
                         reasoning_item("rs_7_0", "", thought("")),
-                        reasoning_item("rs_7_1", "", REDACTED),
+                        reasoning_item("rs_7_1", "", HIDDEN_THOUGHT),
                         reasoning_item("rs_7_2", UML),
                     ),
                 ),
@@ -9707,7 +9712,7 @@ RESPONSE_PLAYBOOKS = [
                             "msg_7_0", "completed", {"type": "refusal", "refusal": f"No{UML}"}
                         )
                     ),
-                    ended(
+                    finished_by(
                         message_item(
                             "msg_7_0", "completed", {"type": "refusal", "refusal": f"No{UML}"}
                         )
@@ -9731,7 +9736,7 @@ RESPONSE_PLAYBOOKS = [
                     *text_opened("msg_7_1"),
                     text_told("msg_7_1", "No."),
                     *text_closed("msg_7_1", "No."),
-                    ended(
+                    finished_by(
                         message_item("msg_7_0", "completed", text_part(UML)),
                         message_item("msg_7_1", "completed", text_part("No.")),
                     ),
@@ -9761,7 +9766,7 @@ RESPONSE_PLAYBOOKS = [
                             {"type": "refusal", "refusal": "The model declined to answer."},
                         )
                     ),
-                    ended(
+                    finished_by(
                         message_item(
                             "msg_7_0",
                             "completed",
@@ -9784,7 +9789,7 @@ RESPONSE_PLAYBOOKS = [
                 *stopped(
                     "max_tokens",
                     *text_closed("msg_7_0", UML, "incomplete"),
-                    ended(
+                    finished_by(
                         message_item("msg_7_0", "incomplete", text_part(UML)),
                         reason="max_output_tokens",
                     ),
@@ -9814,7 +9819,7 @@ RESPONSE_PLAYBOOKS = [
                     *arguments_closed(
                         "fc_7_1", '{"a":', function_item("fc_7_1", "incomplete", "t1", '{"a":')
                     ),
-                    ended(
+                    finished_by(
                         message_item("msg_7_0", "completed", text_part(UML)),
                         function_item("fc_7_1", "incomplete", "t1", '{"a":'),
                         reason="max_output_tokens",
@@ -9864,20 +9869,20 @@ RESPONSE_PLAYBOOKS = [
                         "output_text.annotation.added",
                         content_index=0,
                         annotation_index=0,
-                        annotation=CITATION,
+                        annotation=URL_CITATION,
                     ),
-                    *part_closed("msg_7_1", "Now 21C.", CITATION),
-                    done(message_item("msg_7_1", "completed", text_part("Now 21C.", CITATION))),
-                    ended(
+                    *part_closed("msg_7_1", "Now 21C.", URL_CITATION),
+                    done(message_item("msg_7_1", "completed", text_part("Now 21C.", URL_CITATION))),
+                    finished_by(
                         search_item("ws_7_0", "completed", UML, "https://w.example"),
-                        message_item("msg_7_1", "completed", text_part("Now 21C.", CITATION)),
+                        message_item("msg_7_1", "completed", text_part("Now 21C.", URL_CITATION)),
                     ),
                 ),
             ]
         ),
     ),
     case(
-        "a search that fails; server tools that nobody asked to see leave no gap (#36)",
+        "a search that fails; server tools that nobody asks to see leave no gap (#36)",
         ResponsePlaybook(
             [
                 RESPONSE_START,
@@ -9922,7 +9927,7 @@ RESPONSE_PLAYBOOKS = [
                     "end_turn",
                     of_item("ws_7_0", "web_search_call.completed"),
                     done(search_item("ws_7_0", "failed", UML)),
-                    ended(search_item("ws_7_0", "failed", UML)),
+                    finished_by(search_item("ws_7_0", "failed", UML)),
                 ),
             ]
         ),
@@ -9950,7 +9955,7 @@ RESPONSE_PLAYBOOKS = [
                             "encrypted_content": envelope({"summary": UML}),
                         }
                     ),
-                    ended(
+                    finished_by(
                         {
                             "id": "cmp_7_0",
                             "type": "compaction",
@@ -9975,7 +9980,9 @@ RESPONSE_PLAYBOOKS = [
                 *stopped(
                     "end_turn",
                     *text_closed("msg_7_0", f'{{"a":"{UML}"}}'),
-                    ended(message_item("msg_7_0", "completed", text_part(f'{{"a":"{UML}"}}'))),
+                    finished_by(
+                        message_item("msg_7_0", "completed", text_part(f'{{"a":"{UML}"}}'))
+                    ),
                 ),
             ],
             RESPONSE_REPLY._replace(json_object=True),
@@ -10163,7 +10170,7 @@ def test_response_usage_counts_the_cache() -> None:
 
 @pytest.mark.parametrize(("fields", "plain"), [({}, False), ({"client_metadata": {}}, True)])
 def test_responses_plain_refusal_is_for_codex(fields: JSON, plain: bool) -> None:
-    draft = drafted({**asked(HI), **fields})
+    draft = drafted({**asks(GREETING), **fields})
     assert shim.ResponsesReply.to(draft, "resp_7", lambda: 7).plain_refusal is plain
 
 
@@ -10188,7 +10195,7 @@ def test_response_repeats_its_request() -> None:
         "object": "x",
         "service_tier": "flex",
     }
-    draft = drafted({**asked(HI), **fields, **unknown})
+    draft = drafted({**asks(GREETING), **fields, **unknown})
     reply = shim.ResponsesReply.to(draft, "resp_7", lambda: 7)
     made = shim.response_from_message(chat_message_of(says("a")), reply)
     expected = {
@@ -12992,6 +12999,548 @@ def test_lone_surrogates_are_replaced_as_anthropic_refuses_them(message: bytes) 
 def test_byte_order_mark_before_a_body_is_no_part_of_it() -> None:
     app, _ = app_on(FINE)
     assert settled(ask(app, CHAT, b"\xef\xbb\xbf" + json.dumps(QUESTION).encode())).status == 200
+
+
+# --- responses
+
+RESPONSES = "/v1/responses"
+BOTH_KEYS = {"client_keys": CLIENT_KEYS}
+
+
+def get(app: shim.App, path: str, owner: str = "", method: str = "GET") -> shim.Response:
+    """What the client with one of the keys gets of a path."""
+    return app.respond(shim.Request(method, path, {}, b"", "shim_1", key_name=owner))
+
+
+def respond(app: shim.App, body: JSON, owner: str = "", path: str = RESPONSES) -> shim.Response:
+    """What the client with one of the keys is answered, whole or streamed."""
+    raw = json.dumps({"model": OPUS, **body}).encode()
+    request = shim.Request("POST", path, {}, raw, "shim_1", key_name=owner)
+    return settled(app.respond(request))
+
+
+def responded(app: shim.App, body: JSON, owner: str = "") -> JSON:
+    response = respond(app, body, owner)
+    assert response.status == 200
+    return json.loads(played(response))
+
+
+def last_response(response: shim.Response) -> JSON:
+    """The response that a stream ends with."""
+    last: JSON = chunks(played(response))[-1]["response"]
+    return last
+
+
+@contextlib.contextmanager
+def closing_app(*answers: Union[Answer, Exception], **policy: Any) -> Iterator[Any]:
+    app, upstream = app_on(*answers, **policy)
+    try:
+        yield app, upstream
+    finally:
+        app.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_answer_streamed_or_not(stream: bool) -> None:
+    with closing_app(FINE) as (app, upstream):
+        response = respond(app, {"input": "hi", "stream": stream, "metadata": {"a": "b"}})
+        made = last_response(response) if stream else json.loads(played(response))
+    assert field(response, "x-request-id") == ["req_1"]
+    assert upstream.bodies()[0]["messages"] == [user("hi")]
+    assert re.fullmatch("resp_[0-9a-f]{48}", made["id"])
+    assert abs(made["created_at"] - time.time()) < 60
+    assert made["output"][0]["id"] == f"msg_{made['id'][5:]}_0"
+    assert made["output"][0]["content"] == [text_part("Hell\u00f6 \u4e16\U0001f600")]
+    told = [made[name] for name in ("status", "store", "metadata", "usage")]
+    assert told == ["completed", True, {"a": "b"}, RESPONSE_USAGE]
+
+
+def test_responses_id_is_new_each_time() -> None:
+    with closing_app(FINE) as (app, _):
+        assert responded(app, {"input": "hi"})["id"] != responded(app, {"input": "hi"})["id"]
+
+
+def thoughtful(number: int) -> Answer:
+    """A turn that thinks and calls a tool; each has a thought and a signature of its own."""
+    return streamed(
+        message_start(),
+        block_start(0, type="thinking", thinking="", signature=""),
+        block_delta(0, type="thinking_delta", thinking=f"thought {number}"),
+        block_delta(0, type="signature_delta", signature=f"signature {number}"),
+        block_stop(0),
+        block_start(1, type="redacted_thinking", data=f"data {number}"),
+        block_stop(1),
+        tool_start(2, id=f"t{number}"),
+        json_delta(2, f'{{"n":{number}}}'),
+        block_stop(2),
+        message_delta("tool_use"),
+        MESSAGE_STOP,
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_keep_signed_thinking_over_five_turns_and_restarts(
+    tmp_path: Path, stream: bool
+) -> None:
+    """By encrypted_content alone: nothing is stored, and each turn has a process of its own."""
+    key = str(tmp_path / "claude-shim" / "sealing.key")
+    items: List[JSON] = [{"role": "user", "content": "Go."}]
+    messages = [user("Go.")]
+    for number in range(1, 6):
+        with closing_app(thoughtful(number), responses_store="off", sealing_key_file=key) as (
+            app,
+            upstream,
+        ):
+            body = {"input": items, "tools": [flat()], "store": False, "stream": stream}
+            response = respond(app, body)
+        assert field(response, "x-claude-shim-ignored") == []
+        assert upstream.bodies()[0]["messages"] == messages
+        made = last_response(response) if stream else json.loads(played(response))
+        items = [*items, *made["output"], in_output(f"t{number}", f"result {number}")]
+        messages = [
+            *messages,
+            assistant(
+                thought(f"thought {number}", f"signature {number}"),
+                {"type": "redacted_thinking", "data": f"data {number}"},
+                use(f"t{number}", n=number),
+            ),
+            user(result(f"t{number}", f"result {number}")),
+        ]
+
+
+def test_responses_go_on_by_the_id_of_the_last() -> None:
+    """The Agents SDK sends new items only; instructions are not inherited."""
+    with closing_app(thoughtful(1), thoughtful(2), FINE) as (app, upstream):
+        body = {"tools": [flat()]}
+        one = responded(app, {**body, "input": "Go.", "instructions": "Be brief."})
+        two = responded(
+            app, {**body, "previous_response_id": one["id"], "input": [in_output("t1")]}
+        )
+        assert two["previous_response_id"] == one["id"]
+        responded(app, {**body, "previous_response_id": two["id"], "input": [in_output("t2")]})
+        listed = json.loads(get(app, f"{RESPONSES}/{two['id']}/input_items?order=asc").body)
+    thoughts = [
+        [
+            thought(f"thought {n}", f"signature {n}"),
+            {"type": "redacted_thinking", "data": f"data {n}"},
+        ]
+        for n in (1, 2)
+    ]
+    assert upstream.bodies()[2]["messages"] == [
+        user("Go."),
+        assistant(*thoughts[0], use("t1", n=1)),
+        user(result("t1")),
+        assistant(*thoughts[1], use("t2", n=2)),
+        user(result("t2")),
+    ]
+    assert upstream.bodies()[0]["system"] == [says("Be brief.")]
+    assert "system" not in upstream.bodies()[2]
+    types = [item["type"] for item in listed["data"]]
+    assert types == ["message", "reasoning", "reasoning", "function_call", "function_call_output"]
+
+
+def test_responses_items_may_be_named_by_id() -> None:
+    """The Vercel AI SDK's way, unless it is told not to store."""
+    with closing_app(thoughtful(1), FINE) as (app, upstream):
+        made = responded(app, {"input": "Go.", "tools": [flat()]})
+        references = [{"type": "item_reference", "id": item["id"]} for item in made["output"]]
+        items = [{"role": "user", "content": "Go."}, *references, in_output("t1")]
+        responded(app, {"input": items, "tools": [flat()]})
+    assert upstream.bodies()[1]["messages"][1]["content"][0]["signature"] == "signature 1"
+
+
+def test_responses_are_kept_shown_and_deleted() -> None:
+    with closing_app(FINE) as (app, _):
+        made = responded(app, {"input": "hi"})
+        path = f"{RESPONSES}/{made['id']}"
+        assert json.loads(get(app, path).body) == made
+        listed = json.loads(get(app, f"{path}/input_items").body)
+        item = {
+            "id": f"item_0_{made['id']}",
+            "type": "message",
+            "status": "completed",
+            "role": "user",
+            "content": [{"type": "input_text", "text": "hi"}],
+        }
+        ends = {"first_id": item["id"], "last_id": item["id"], "has_more": False}
+        assert listed == {"object": "list", "data": [item], **ends}
+        gone = {"id": made["id"], "object": "response", "deleted": True}
+        assert json.loads(get(app, path, method="DELETE").body) == gone
+        for method, where in (("GET", path), ("DELETE", path), ("GET", f"{path}/input_items")):
+            response = get(app, where, method=method)
+            assert response.status == 404
+            message = f"Response with id '{made['id']}' not found."
+            assert json.loads(response.body)["error"]["message"] == message
+        again = respond(app, {"input": "hi", "previous_response_id": made["id"]})
+    assert again.status == 400
+    assert json.loads(again.body)["error"]["code"] == "previous_response_not_found"
+
+
+@pytest.mark.parametrize(
+    ("fields", "policy"), [({"store": False}, {}), ({}, {"responses_store": "off"})]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_that_are_not_to_be_stored_are_not(
+    fields: JSON, policy: JSON, stream: bool
+) -> None:
+    with closing_app(FINE, **policy) as (app, _):
+        response = respond(app, {"input": "hi", "stream": stream, **fields})
+        made = last_response(response) if stream else json.loads(played(response))
+        assert made["store"] is False
+        assert get(app, f"{RESPONSES}/{made['id']}").status == 404
+        reference = [{"type": "item_reference", "id": made["output"][0]["id"]}]
+        assert respond(app, {"input": reference}).status == 400
+
+
+def test_responses_that_failed_are_not_stored() -> None:
+    with closing_app(streamed(*TEXT_EVENTS[:4])) as (app, _):
+        made = last_response(respond(app, {"input": "hi", "stream": True}))
+        assert made["status"] == "failed"
+        assert get(app, f"{RESPONSES}/{made['id']}").status == 404
+
+
+def test_responses_belong_to_the_key_that_asked() -> None:
+    with closing_app(FINE, **BOTH_KEYS) as (app, upstream):
+        made = responded(app, {"input": "secret"}, "ann")
+        path = f"{RESPONSES}/{made['id']}"
+        assert get(app, path, "ann").status == 200
+        for owner in ("bob", ""):
+            assert get(app, path, owner).status == 404
+            assert get(app, f"{path}/input_items", owner).status == 404
+            assert get(app, path, owner, "DELETE").status == 404
+            more = {"input": "hi", "previous_response_id": made["id"]}
+            assert respond(app, more, owner).status == 400
+            reference = {"type": "item_reference", "id": made["output"][0]["id"]}
+            assert respond(app, {"input": [reference]}, owner).status == 400
+        assert get(app, path, "ann").status == 200
+    assert len(upstream.requests) == 1
+
+
+def test_responses_belong_to_the_credential_that_was_passed_on() -> None:
+    upstream = ScriptedUpstream(FINE)
+    app = shim.App(upstream, shim.Passthrough(), shim.Policy(live_models=False))
+    with contextlib.closing(app):
+        shown = {"x_api_key": "sk-ann"}
+        made = answered(ask(app, RESPONSES, {"model": OPUS, "input": "hi"}, **shown))
+        path = f"{RESPONSES}/{made['id']}"
+        assert fetch(app, path, **shown).status == 200
+        assert fetch(app, path, x_api_key="sk-bob").status == 404
+        assert fetch(app, path).status == 401
+
+
+STATUSES = [
+    case(
+        "no such model: Codex would ask six times", {"model": "gpt-9"}, FINE, 400, "model_not_found"
+    ),
+    case(
+        "upstream knows no such model",
+        {},
+        refused(404, "not_found_error", "model: x"),
+        400,
+        "model_not_found",
+    ),
+    case("too large", {}, refused(413, "request_too_large", "x"), 400, "request_too_large"),
+    case("overloaded", {}, refused(529, "overloaded_error", "x"), 503, "server_is_overloaded"),
+    case(
+        "too long",
+        {},
+        refused(400, "invalid_request_error", "prompt is too long: 9"),
+        400,
+        "context_length_exceeded",
+    ),
+    case("a wrong key", {}, refused(401, "authentication_error", "x"), 401, "invalid_api_key"),
+    case("an item that is not there", {"input": [{"id": "msg_9"}]}, FINE, 400, "not_found"),
+]
+
+
+@pytest.mark.parametrize(("fields", "upstream", "status", "code"), STATUSES)
+def test_responses_refusals_are_not_repeated_by_codex(
+    fields: JSON, upstream: Answer, status: int, code: str
+) -> None:
+    with closing_app(upstream) as (app, _):
+        response = respond(app, {"input": "hi", **fields})
+    assert (response.status, json.loads(response.body)["error"]["code"]) == (status, code)
+
+
+def test_responses_name_what_had_no_effect() -> None:
+    with closing_app(FINE) as (app, _):
+        response = respond(app, {"input": "hi", "truncation": "auto", "tools": [{"type": "mcp"}]})
+        assert field(response, "x-claude-shim-ignored") == ["tools.mcp,truncation"]
+    with closing_app(FINE, strict=True) as (app, _):
+        assert respond(app, {"input": "hi", "truncation": "auto"}).status == 400
+
+
+def test_responses_count_input_tokens() -> None:
+    with closing_app(in_json(200, {"input_tokens": 42})) as (app, upstream):
+        body = {
+            "input": "hi",
+            "instructions": "a",
+            "tools": [flat()],
+            "max_output_tokens": 9,
+            "user": "u",
+        }
+        response = respond(app, body, path=f"{RESPONSES}/input_tokens")
+    told = {"object": "response.input_tokens", "input_tokens": 42}
+    assert json.loads(response.body) == told
+    (request,) = upstream.requests
+    assert request.path == "/v1/messages/count_tokens"
+    assert json.loads(request.body) == {
+        "model": OPUS,
+        "system": [says("a")],
+        "messages": [user("hi")],
+        "tools": [tool()],
+    }
+
+
+def test_responses_input_tokens_are_estimated_where_nobody_counts() -> None:
+    with closing_app(in_json(404, {})) as (app, _):
+        response = respond(app, {"input": "hi"}, path=f"{RESPONSES}/input_tokens")
+    assert 20 < json.loads(response.body)["input_tokens"] < 60
+    assert field(response, "x-claude-shim-estimate") == ["true"]
+
+
+def test_responses_input_tokens_refused_by_upstream() -> None:
+    with closing_app(refused(429, "rate_limit_error", "x")) as (app, _):
+        response = respond(app, {"input": "hi"}, path=f"{RESPONSES}/input_tokens")
+    assert response.status == 429
+
+
+@pytest.mark.parametrize(
+    "given", ["hi", [{"role": "user", "content": "hi"}], [GREETING, in_call("t1"), in_output("t1")]]
+)
+def test_responses_compact_keeps_what_the_user_said(given: Any) -> None:
+    with closing_app(FINE) as (app, upstream):
+        response = respond(app, {"input": given}, path=f"{RESPONSES}/compact")
+        made = json.loads(response.body)
+        kept, summary = made["output"]
+        assert kept == {
+            "id": f"item_0_{made['id']}",
+            "type": "message",
+            "status": "completed",
+            "role": "user",
+            "content": [{"type": "input_text", "text": "hi"}],
+        }
+        assert (made["object"], made["usage"]) == ("response.compaction", RESPONSE_USAGE)
+        assert upstream.bodies()[0]["messages"][-1]["content"][-1] == says(shim.SUMMARISE)
+        responded(app, {"input": [summary, GREETING]})
+        text = "<conversation-summary>\nHell\u00f6 \u4e16\U0001f600\n</conversation-summary>"
+        assert upstream.bodies()[1]["messages"] == [user(text, "hi")]
+
+
+def test_responses_compact_without_a_summary_is_an_error() -> None:
+    with closing_app(streamed(message_start(), message_delta("end_turn"), MESSAGE_STOP)) as (
+        app,
+        _,
+    ):
+        response = respond(app, {"input": "hi"}, path=f"{RESPONSES}/compact")
+    assert response.status == 502
+    assert "no summary" in json.loads(response.body)["error"]["message"]
+
+
+def test_responses_search_of_the_web_may_pause() -> None:
+    start, use_, pause = (
+        message_start(),
+        block_start(0, type="server_tool_use", id="s1", name="web_search", input={}),
+        message_delta("pause_turn"),
+    )
+    first = streamed(
+        start, use_, json_delta(0, '{"query":"q"}'), block_stop(0), pause, MESSAGE_STOP
+    )
+    found = block_start(0, type="web_search_tool_result", tool_use_id="s1", content=FOUND)
+    second = streamed(start, found, block_stop(0), message_delta("end_turn"), MESSAGE_STOP)
+    with closing_app(first, second) as (app, upstream):
+        made = responded(app, {"input": "hi", "tools": [{"type": "web_search"}]})
+    assert [item["status"] for item in made["output"]] == ["completed"]
+    assert made["output"][0]["action"]["sources"] == [{"type": "url", "url": "https://w.example"}]
+    assert len(upstream.requests) == 2
+
+
+OTHER_PATHS = [
+    case("cancel", "POST", "/resp_1/cancel", 400, "background"),
+    case("a stream of what is stored", "GET", "/resp_1?stream=true", 400, "whole"),
+    case("a list of all", "GET", "", 404, "lists no responses"),
+    case("an unknown one", "GET", "/resp_1", 404, "'resp_1' not found"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "status", "reason"), OTHER_PATHS)
+def test_responses_paths(method: str, path: str, status: int, reason: str) -> None:
+    with closing_app(FINE) as (app, _):
+        response = get(app, RESPONSES + path, method=method)
+    assert response.status == status
+    assert reason in json.loads(response.body)["error"]["message"]
+
+
+PAGES = [
+    case("newest first", "", ["c", "b", "a"], False),
+    case("oldest first", "?order=asc", ["a", "b", "c"], False),
+    case("a limit", "?limit=2", ["c", "b"], True),
+    case("after one", "?after=b&order=asc", ["c"], False),
+    case("after an unknown one", "?after=x", ["c", "b", "a"], False),
+    case("nonsense", "?limit=-1&order=up", ["c", "b", "a"], False),
+    case("no page at all", "?limit=0", ["c"], True),
+]
+
+
+@pytest.mark.parametrize(("query", "expected", "more"), PAGES)
+def test_responses_page_of_items(query: str, expected: List[str], more: bool) -> None:
+    page = shim.item_page([{"id": "a"}, {"id": "b"}, {"id": "c"}], f"/v1/x/input_items{query}")
+    assert ([item["id"] for item in page["data"]], page["has_more"]) == (expected, more)
+
+
+# --- the store of responses
+
+
+class Clock:
+    """The time, as a test sets it."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def stored(id: str, previous: Optional[str] = None, text: str = "a") -> JSON:
+    item = {"id": f"msg_{id}", "content": text}
+    return {"id": id, "previous_response_id": previous, "output": [item]}
+
+
+@contextlib.contextmanager
+def a_store(place: str = "memory", clock: Optional[Clock] = None) -> Iterator[shim.ResponseStore]:
+    with contextlib.closing(shim.ResponseStore(place, clock or Clock())) as store:
+        yield store
+
+
+def test_store_forgets_what_nobody_used_for_a_day() -> None:
+    clock = Clock()
+    with a_store(clock=clock) as store:
+        store.put("ann", [], stored("r1"))
+        store.put("ann", [], stored("r2"))
+        clock.now += 20 * 3600
+        assert store.response("ann", "r1") == stored("r1")
+        clock.now += 5 * 3600
+        store.put("ann", [], stored("r3"))
+        assert store.response("ann", "r1") == stored("r1")
+        assert store.response("ann", "r2") is None
+        assert store.item("ann", "msg_r2") is None
+
+
+def test_store_forgets_the_least_lately_used_when_it_is_full() -> None:
+    clock = Clock()
+    with a_store(clock=clock) as store:
+        store.max_bytes = 3000
+        for number in range(4):
+            clock.now += 1
+            store.put("ann", [], stored(f"r{number}", text="x" * 600))
+        clock.now += 1
+        assert store.response("ann", "r0") is not None
+        clock.now += 1
+        store.put("ann", [], stored("r4", text="x" * 600))
+        kept = [store.response("ann", f"r{number}") is not None for number in range(5)]
+    assert kept == [True, False, True, True, True]
+
+
+def test_store_keeps_all_of_a_conversation_that_goes_on() -> None:
+    clock = Clock()
+    with a_store(clock=clock) as store:
+        store.put("ann", [{"n": 1}], stored("r1"))
+        store.put("ann", [{"n": 2}], stored("r2", "r1"))
+        for number in range(3, 9):
+            clock.now += 20 * 3600
+            expected = [{"n": 1}, *stored("r1")["output"], {"n": 2}, *stored("r2")["output"]]
+            assert store.history("ann", "r2") == expected
+            store.put("ann", [], stored(f"r{number}"))
+        assert store.delete("ann", "r1")
+        assert store.history("ann", "r2") is None
+
+
+def test_store_in_a_file_lasts_and_is_for_its_owner_only(tmp_path: Path) -> None:
+    file = tmp_path / "responses.db"
+    with a_store(str(file)) as store, a_store(str(file)) as beside:
+        store.put("ann", [{"n": 1}], stored("r1"))
+        assert beside.history("ann", "r1") == [{"n": 1}, *stored("r1")["output"]]
+        if os.name == "posix":
+            modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+            assert modes == {0o600}
+    with a_store(str(file)) as store:
+        assert store.item("ann", "msg_r1") == stored("r1")["output"][0]
+        assert store.item("bob", "msg_r1") is None
+
+
+def test_store_that_fails_costs_no_answer(tmp_path: Path) -> None:
+    file = tmp_path / "responses.db"
+    file.write_bytes(b"no database" * 100)
+    log = io.StringIO()
+    with closing_app(FINE, responses_store=str(file)) as (app, _):
+        app.log = shim.Log(log)
+        made = responded(app, {"input": "hi"})
+        response = get(app, f"{RESPONSES}/{made['id']}")
+    assert response.status == 500
+    assert "the store of responses" in json.loads(response.body)["error"]["message"]
+    assert log.getvalue().startswith("note: a response was not stored: the store of responses (")
+
+
+def test_store_takes_requests_at_the_same_time() -> None:
+    with a_store() as store:
+
+        def put(number: int) -> None:
+            for n in range(20):
+                store.put("ann", [], stored(f"r{number}_{n}"))
+
+        threads = [threading.Thread(target=put, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        kept = [store.response("ann", f"r{a}_{b}") is not None for a in range(4) for b in range(20)]
+    assert all(kept)
+
+
+# --- the key of the envelopes
+
+
+def test_sealing_key_is_made_once_for_its_owner_only(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "sealing.key"
+    key = shim.kept_key(str(path))
+    assert shim.kept_key(str(path)) == key
+    assert len(key) == 32
+    assert [file.name for file in path.parent.iterdir()] == ["sealing.key"]
+    if os.name == "posix":
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_sealing_key_without_a_file_is_new_each_time() -> None:
+    assert shim.kept_key("") != shim.kept_key("")
+
+
+def test_sealing_key_is_made_when_it_is_needed(tmp_path: Path) -> None:
+    path = tmp_path / "sealing.key"
+    with closing_app(FINE, sealing_key_file=str(path)) as (app, _):
+        answered(ask(app, CHAT, QUESTION))
+        assert not path.exists()
+        responded(app, {"input": "hi"})
+        assert path.exists()
+
+
+@pytest.mark.parametrize("text", ["", "short", "z" * 64, "\u00e9" * 64])
+def test_sealing_key_file_that_holds_none_is_told_and_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "sealing.key"
+    path.write_text(text, encoding="utf-8")
+    log = io.StringIO()
+    with closing_app(FINE, sealing_key_file=str(path)) as (app, _):
+        app.log = shim.Log(log)
+        assert len(app.sealing_key()) == 32
+        assert app.sealing_key() == app.sealing_key()
+    assert path.read_text(encoding="utf-8") == text
+    assert "holds no key of 64 hexadecimal digits" in log.getvalue()
+
+
+@pytest.mark.parametrize("config", [None, "my.ini"])
+def test_sealing_key_stands_beside_the_configuration(tmp_path: Path, config: Optional[str]) -> None:
+    base = tmp_path / "claude-shim"
+    environment = {"XDG_CONFIG_HOME": str(tmp_path), "APPDATA": str(tmp_path)}
+    path = shim.config_path(environment) if config is None else str(base / config)
+    assert shim.sealing_key_path(path) == str(base / "sealing.key")
 
 
 # --- relayed requests
