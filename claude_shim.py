@@ -3921,6 +3921,8 @@ def messages_request_from_responses(
     draft.echo = {**_RESPONSE, **given, "text": text}
     # Codex, which alone sends this field, drops a message with a refusal as a whole.
     draft.plain_refusal = "client_metadata" in body
+    if not any(blocks for _, blocks in draft.turns):
+        raise RequestError("expected at least one message with content", param="input")
     if draft.compacts:
         _ask_for_summary(draft)
     elif draft.request.get("tool_choice", {}).get("type") in ("any", "tool") and draft.json_schema:
@@ -5864,7 +5866,7 @@ class ResponseStore:
         path = ":memory:" if in_memory else os.path.expanduser(self.place)
         if not in_memory:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        database = sqlite3.connect(path, self.LOCK_SECONDS, check_same_thread=False)
+        database = sqlite3.connect(path, timeout=self.LOCK_SECONDS, check_same_thread=False)
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = NORMAL")
         database.executescript(_STORE_TABLES)

@@ -9182,6 +9182,75 @@ def test_responses_refused(fields: JSON, param: Optional[str], reason: str) -> N
     assert reason in caught.value.message
 
 
+RICH_RESPONSES: JSON = {
+    "model": OPUS,
+    "instructions": "a",
+    "input": [
+        message([{"type": "input_text", "text": "a"}], "developer"),
+        {"role": "user", "content": "hi"},
+        message([{"type": "input_image", "image_url": f"data:;base64,{PNG}", "file_id": None}]),
+        message([{"type": "input_file", "file_data": PDF, "filename": "a"}]),
+        in_reasoning(thought()),
+        message([out_text("b")], "assistant"),
+        in_call("t1", '{"a":1}', namespace="ns", name="g"),
+        {"type": "custom_tool_call", "call_id": "t2", "name": "p", "input": "x"},
+        in_output("t1", [{"type": "input_text", "text": "c"}]),
+        in_output("t2", "d", "custom_tool_call"),
+        {"type": "tool_search_call", "call_id": "t3", "arguments": {"query": "k"}},
+        {"type": "tool_search_output", "call_id": "t3", "tools": [flat("h")]},
+        {"type": "additional_tools", "tools": [flat("i")]},
+        {"type": "compaction", "encrypted_content": envelope({"summary": "s"})},
+        {"type": "configuration_update", "reasoning": {"effort": "low"}, "text": {}},
+        {"type": "item_reference", "id": "rs_9"},
+        {"type": "compaction_trigger"},
+    ],
+    "tools": [
+        flat(strict=True, parameters={"type": "object", "properties": {"a": {}}}),
+        {"type": "custom", "name": "p", "format": LARK},
+        {"type": "namespace", "name": "ns", "tools": [flat("g")]},
+        {"type": "tool_search", "execution": "client", "description": "d", "parameters": {}},
+        {"type": "web_search", "filters": {"allowed_domains": ["e.org"]}, "user_location": {}},
+        {"type": "mcp", "server_label": "x"},
+    ],
+    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [flat()]},
+    "reasoning": {"effort": "low", "summary": "auto", "context": "auto", "mode": "standard"},
+    "text": {"format": {**SCHEMA_FORMAT}, "verbosity": "low"},
+    "include": ["reasoning.encrypted_content"],
+    "store": True,
+    "truncation": "auto",
+    "max_output_tokens": 9,
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "client_metadata": {"a": 1},
+    "metadata": {"a": "b"},
+}
+
+
+def test_responses_the_rich_request_is_taken() -> None:
+    assert faults(drafted(RICH_RESPONSES).finished()) == []
+
+
+@pytest.mark.parametrize("field", list(RICH_RESPONSES))
+def test_responses_a_wrong_type_at_any_depth_is_refused_by_name_or_harmless(field: str) -> None:
+    models = [shim.known_model(OPUS), shim.known_model("claude-haiku-4-5")]
+    trouble = []
+    for value in spoiled(RICH_RESPONSES[field]):
+        body = {**RICH_RESPONSES, field: value}
+        try:
+            draft = drafted(body)
+            request = draft.finished()
+            found = [f for model in models for f in faults(shim.adapted(request, model).request)]
+            trouble += [(value, fault) for fault in dict.fromkeys(found)]
+            reply = shim.ResponsesReply.to(draft, "resp_7", lambda: 7)
+            shim.response_from_message(chat_message_of(says("a"), use("t", "f")), reply)
+        except shim.RequestError as error:
+            if str(error.param).partition(".")[0] not in body:
+                trouble.append((value, f"param {error.param}"))
+        except Exception as error:
+            trouble.append((value, repr(error)))
+    assert len(trouble) == 0, trouble[:5]
+
+
 def test_responses_reference_is_the_item_itself() -> None:
     kept = {"msg_1": message([out_text("a")], "assistant"), "rs_1": in_reasoning(thought())}
     items = [
@@ -14800,6 +14869,24 @@ def test_key_is_checked_after_the_origin_and_before_the_body_s3_b26(
             assert answer.headers["connection"] == "close"
     assert answer.status == status
     assert len(upstream.requests) == (status == 200)
+
+
+def test_key_that_asked_is_the_one_that_sees_a_response_again() -> None:
+    keys = shim.ClientKeys({"ann": "s3cret-a", "bob": "s3cret-b"})
+    app, _ = app_on(streamed(*TEXT_EVENTS), client_keys=keys)
+    statuses = []
+    with shim.Server(app) as server:
+        for key in ("s3cret-b", "s3cret-a"):
+            with RawClient(server) as client:
+                asking = {"model": "claude-opus-5-5", "input": "hi"}
+                made = client.send(
+                    raw_post("/v1/responses", asking, "Authorization: Bearer s3cret-a")
+                ).answer()
+                head = f"GET /v1/responses/{json.loads(made.body)['id']} HTTP/1.1"
+                raw = raw_request(head, f"Authorization: Bearer {key}")
+                statuses.append(client.send(raw).answer().status)
+    app.close()
+    assert statuses == [404, 200]
 
 
 def test_key_is_asked_for_before_the_size_of_the_body_counts() -> None:
