@@ -2380,6 +2380,7 @@ class MessageAssembler(EventSink):
     def __init__(self) -> None:
         self.message: Optional[JSON] = None
         self._pieces: List[str] = []
+        self._raw: List[bytes] = []  # pieces that come after those, in JSON
         self._in_text = False
 
     @property
@@ -2390,7 +2391,13 @@ class MessageAssembler(EventSink):
     @property
     def open_text(self) -> str:
         """The text of the open block so far, without what its start held."""
+        self._settle()
         return "".join(self._pieces)
+
+    def _settle(self) -> None:
+        if self._raw:
+            self._pieces.append(json.loads(b'"%b"' % b"".join(self._raw)))
+            self._raw = []
 
     @property
     def _blocks(self) -> List[JSON]:
@@ -2398,7 +2405,7 @@ class MessageAssembler(EventSink):
 
     def feed_text(self, texts: List[bytes]) -> bytes:
         """Add the texts to the open block."""
-        self._pieces.append(json.loads(b'"%b"' % b"".join(texts)))
+        self._raw += texts
         return b""
 
     def _on_message_start(self, event: JSON) -> bytes:
@@ -2410,7 +2417,7 @@ class MessageAssembler(EventSink):
     def _on_content_block_start(self, event: JSON) -> bytes:
         block = dict(object_or_empty(event.get("content_block")))
         self._blocks.append(block)
-        self._pieces = []
+        self._pieces, self._raw = [], []
         self._in_text = block.get("type") == "text" and self.message is not None
         return b""
 
@@ -2427,13 +2434,14 @@ class MessageAssembler(EventSink):
             block["signature"] = delta.get("signature")
         else:
             piece = delta.get(DELTA_TEXT.get(str(delta.get("type")), ""))
+            self._settle()
             self._pieces.append(piece if isinstance(piece, str) else "")
         return b""
 
     def _on_content_block_stop(self, event: JSON) -> bytes:
         if not self._blocks:
             return b""
-        block, text = self._blocks[-1], "".join(self._pieces)
+        block, text = self._blocks[-1], self.open_text
         self._pieces, self._in_text = [], False
         if "input" in block:
             block.update(_parsed_input(text, block["input"]))
@@ -4363,6 +4371,7 @@ class ResponsesStreamEncoder(EventSink):
         self._filled: Optional[OutputItem] = None  # the open one, if the open block belongs to it
         self._number = 0  # of the next event
         self._around_text = b""
+        self._splices = not (reply.json_object or reply.compacts)
 
     @property
     def heartbeat(self) -> bytes:
@@ -4374,15 +4383,14 @@ class ResponsesStreamEncoder(EventSink):
     @property
     def takes_text(self) -> bool:
         """Whether text may be spliced: not where it is looked at, or not shown."""
-        splices = not (self._reply.json_object or self._reply.compacts)
-        return splices and self._message.takes_text
+        return self._splices and self._message.takes_text
 
     def feed_text(self, texts: List[bytes]) -> bytes:
         """Return the events of a run of text deltas: JSON text is spliced as it stands."""
         self._message.feed_text(texts)
-        first, self._number = self._number, self._number + len(texts)
-        pairs = enumerate(texts, first)
-        return b"".join([self._around_text % pair for pair in pairs])
+        around, first = self._around_text, self._number
+        self._number += len(texts)
+        return b"".join([around % pair for pair in enumerate(texts, first)])
 
     def fail(self, error: ShimError) -> bytes:
         """Return the two events that tell of a failure; nothing follows them."""
