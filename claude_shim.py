@@ -3527,7 +3527,7 @@ def _response_tools(draft: ResponsesDraft, value: Any, path: str) -> None:
         elif read:
             read(draft, tool, where)
         else:
-            draft.ignore(f"{path.partition('.')[0]}.{type_}")
+            draft.ignore(f"tools.{type_}")
 
 
 def _type(tool: JSON) -> str:
@@ -5853,32 +5853,35 @@ class ResponseStore:
             row: Optional[Tuple[str, str, str]] = database.execute(query, key).fetchone()
             return row
 
+    def check(self) -> None:
+        """Open the database; StoreFault if that cannot be done."""
+        with self._database():
+            pass
+
     @contextlib.contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
         """The database, for one transaction."""
-        import sqlite3  # not every Python has it, and most programs never need it
-
+        try:
+            import sqlite3  # most programs never need it
+        except ImportError:
+            raise StoreFault("this Python has no sqlite3; use --responses-store off") from None
         with self._lock:
             try:
                 if self._connection is None:
-                    self._connection = self._opened()
+                    path = ":memory:" if self.place in ("memory", "off") else self._file()
+                    wait = self.LOCK_SECONDS
+                    self._connection = sqlite3.connect(path, timeout=wait, check_same_thread=False)
+                    self._connection.executescript(_STORE_TABLES)
                 with self._connection:
                     yield self._connection
             except (sqlite3.Error, OSError) as error:
                 raise StoreFault(f"the store of responses ({self.place}): {error}") from None
 
-    def _opened(self) -> sqlite3.Connection:
-        import sqlite3
-
-        in_memory = self.place in ("memory", "off")
-        path = ":memory:" if in_memory else os.path.expanduser(self.place)
-        if not in_memory:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        database = sqlite3.connect(path, timeout=self.LOCK_SECONDS, check_same_thread=False)
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        database.executescript(_STORE_TABLES)
-        return database
+    def _file(self) -> str:
+        """The path of the file, which only its owner may read."""
+        path = os.path.expanduser(self.place)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        return path
 
     def _forget(self, database: sqlite3.Connection) -> None:
         oldest = (self._clock() - self._hours * 3600,)
@@ -5892,6 +5895,8 @@ class ResponseStore:
 
 
 _STORE_TABLES = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS responses (
     owner TEXT, id TEXT, previous TEXT, used REAL, bytes INTEGER, input TEXT, response TEXT,
     PRIMARY KEY (owner, id)
@@ -5914,9 +5919,11 @@ def kept_key(path: str) -> bytes:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32) + "\n")
-        with contextlib.suppress(FileExistsError):  # another process was faster
-            os.link(draft, path)
-        os.unlink(draft)
+        try:
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                os.link(draft, path)
+        finally:
+            os.unlink(draft)
     with open(path, encoding="ascii", errors="replace") as file:
         text = file.read(1000).strip()
     if not re.fullmatch("[0-9a-f]{64}", text):
@@ -6166,6 +6173,7 @@ class App:
         self.memory = ThinkingMemory()
         self.store = ResponseStore(policy.responses_store)
         self._sealing_key = b""
+        self._sealing_lock = threading.Lock()
         self._health: Tuple[float, JSON] = (-math.inf, {})
         self._threads: List[threading.Thread] = []
 
@@ -6234,14 +6242,17 @@ class App:
 
     def sealing_key(self) -> bytes:
         """Return the key of the envelopes, made when it is first needed."""
-        if not self._sealing_key:
-            try:
-                self._sealing_key = kept_key(self.policy.sealing_key_file)
-            except OSError as error:
-                self._sealing_key = secrets.token_bytes(32)
-                reason = f"{self.policy.sealing_key_file}: {error.strerror}"
-                self.log.once(f"note: sealed thinking ends with this process: {reason}")
-        return self._sealing_key
+        with self._sealing_lock:
+            self._sealing_key = self._sealing_key or self._kept_key()
+            return self._sealing_key
+
+    def _kept_key(self) -> bytes:
+        try:
+            return kept_key(self.policy.sealing_key_file)
+        except OSError as error:
+            reason = f"{self.policy.sealing_key_file}: {error.strerror}"
+            self.log.once(f"note: sealed thinking ends with this process: {reason}")
+            return kept_key("")
 
     # --- OpenAI's completions
 
@@ -6671,7 +6682,8 @@ def asks_for_stream(body: JSON) -> bool:
 
 def stored_id(target: str) -> str:
     """Return the id in the path of a stored response."""
-    return urllib.parse.unquote(normalised_path(target).split("/")[3])
+    path = normalised_path(target)[len("/v1/responses/") :]
+    return urllib.parse.unquote(re.sub(r"/input_items$", "", path))
 
 
 def not_stored(id: str) -> NotStoredError:
@@ -7839,6 +7851,8 @@ def server_from(
     added = [value for _, value in settings.upstream_header if len(value) >= 8]  # none is a word
     log = Log(log_to, [*credential.secrets(), *keys.secrets(), *added], settings.quiet)
     app = App(upstream_from(settings), credential, policy, log)
+    if settings.responses_store not in ("off", "memory"):
+        _check_store(app.store)
     limits = ServerLimits(max_body=settings.max_body)
     try:
         return Server(
@@ -7846,6 +7860,13 @@ def server_from(
         )
     except (OSError, OverflowError) as error:
         raise ConfigError(_cannot_listen(settings, error)) from None
+
+
+def _check_store(store: ResponseStore) -> None:
+    try:
+        store.check()
+    except StoreFault as error:
+        raise ConfigError(f"--responses-store: {error.message}") from None
 
 
 def _cannot_listen(settings: Settings, error: Exception) -> str:

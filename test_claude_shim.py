@@ -13429,6 +13429,7 @@ OTHER_PATHS = [
     case("a stream of what is stored", "GET", "/resp_1?stream=true", 400, "whole"),
     case("a list of all", "GET", "", 404, "lists no responses"),
     case("an unknown one", "GET", "/resp_1", 404, "'resp_1' not found"),
+    case("something below one", "GET", "/resp_1/output", 404, "'resp_1/output' not found"),
 ]
 
 
@@ -13547,6 +13548,13 @@ def test_store_that_fails_costs_no_answer(tmp_path: Path) -> None:
     assert response.status == 500
     assert "the store of responses" in json.loads(response.body)["error"]["message"]
     assert log.getvalue().startswith("note: a response was not stored: the store of responses (")
+
+
+def test_store_that_cannot_be_used_is_told_at_the_start(tmp_path: Path) -> None:
+    place = str(tmp_path / "gone" / "responses.db")
+    settings = settings_of("--upstream", "echo", "--port", "0", "--responses-store", place)
+    with pytest.raises(shim.ConfigError, match=r"^--responses-store: the store of responses"):
+        shim.server_from(settings, {"HOME": str(tmp_path)}, io.StringIO())
 
 
 def test_store_takes_requests_at_the_same_time() -> None:
