@@ -5870,8 +5870,8 @@ class ResponseStore:
                 if self._connection is None:
                     path = ":memory:" if self.place in ("memory", "off") else self._file()
                     wait = self.LOCK_SECONDS
-                    self._connection = sqlite3.connect(path, timeout=wait, check_same_thread=False)
-                    self._connection.executescript(_STORE_TABLES)
+                    database = sqlite3.connect(path, timeout=wait, check_same_thread=False)
+                    self._connection = _with_tables(database)
                 with self._connection:
                     yield self._connection
             except (sqlite3.Error, OSError) as error:
@@ -5892,6 +5892,14 @@ class ResponseStore:
             gone += database.execute(f"DELETE FROM responses WHERE rowid = {first}").rowcount
         if gone:
             database.execute("DELETE FROM items WHERE response NOT IN (SELECT id FROM responses)")
+
+
+def _with_tables(database: sqlite3.Connection) -> sqlite3.Connection:
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(database.close)
+        database.executescript(_STORE_TABLES)
+        on_failure.pop_all()
+    return database
 
 
 _STORE_TABLES = """
