@@ -812,6 +812,8 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0
 _CHUNK_START = re.compile(rb"(?:[0-9A-Fa-f]{1,8}[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?")
 
 _TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n){0,64}")
+# They are not read, but who merges them into the head would be misled (RFC 9110 6.5.1).
+_FRAMING_TRAILER = re.compile(rb"(?:^|\n)(?:content-length|host|transfer-encoding):", re.IGNORECASE)
 
 
 class ChunkedDecoder:
@@ -873,7 +875,8 @@ class ChunkedDecoder:
         if (end if whole else len(self._pending)) > _MAX_TRAILER:
             raise ProtocolError("the trailers of the body are too long")
         if whole:
-            if not _TRAILERS.fullmatch(self._pending[: end - 2]):
+            trailers = self._pending[: end - 2]
+            if not _TRAILERS.fullmatch(trailers) or _FRAMING_TRAILER.search(trailers):
                 raise ProtocolError("the trailers of the body are malformed")
             self.done, self.rest, self._pending = True, self._pending[end:], b""
 
@@ -5264,6 +5267,8 @@ def request_framing(head: Head, max_body: int) -> Framing:
     codings, lengths = head.values("transfer-encoding"), head.values("content-length")
     if head.tokens("content-encoding") not in ([], ["identity"]):
         raise UnsupportedEncodingError("send the body without Content-Encoding")
+    if len(head.values("content-type")) > 1:
+        raise ProtocolError("expected one Content-Type header")
     if codings:
         if lengths or head.minor_version == 0:
             raise ProtocolError("Transfer-Encoding together with Content-Length or HTTP/1.0")
