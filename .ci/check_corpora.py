@@ -64,7 +64,7 @@ NOT_OURS = {
     "019": "forwarded-proto fields that disagree: we read none of them",
     "040": "a name with an underscore: only CGI's variables mix it up with the one with a hyphen",
     "chunked_07": "a name with an underscore: as above",
-    "chunked_09": "a blank after a chunk's size: IIS pads it so, and it can be read in one way only",
+    "chunked_09": "a blank after a chunk's size: some pad it so; it can be read in one way only",
     "limit_header_default_01": "over gunicorn's limit of 8,190 bytes in a field; ours is 16 KiB",
 }
 
@@ -79,7 +79,7 @@ def present(folder: str) -> bool:
 
 
 def request_files(kind: str) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each file; line ends are written out in them, the real ones do not count."""
+    """Name and bytes of each file; line ends are written out, the real ones do not count."""
     for name in sorted(os.listdir(os.path.join(REQUESTS, kind))):
         with open(os.path.join(REQUESTS, kind, name), "rb") as file:
             raw = file.read().replace(b"\n", b"")
@@ -115,7 +115,7 @@ _LINE = re.compile(rb"^[A-Z]+ /[^ ]* (HTTP/1\.[01]\r\n)")
 
 
 def moved(raw: bytes) -> bytes:
-    """The request at an endpoint that reads bodies: elsewhere it is a 404 before its body counts."""
+    """The request at an endpoint that reads bodies: elsewhere it is a 404 before that."""
     return _LINE.sub(rb"POST /v1/chat/completions \1", raw)
 
 

@@ -66,11 +66,8 @@ class Shim(NamedTuple):
 def shim(*options: str, max_files: int = 0, **environment: str) -> Iterator[Shim]:
     """A shim of its own; afterwards its log may hold neither a traceback nor a fault."""
     command = [SHIM_PYTHON, "-X", "dev", SHIM_FILE, "--port", "0", *options]
-
-    def limit() -> None:
-        if max_files:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))
-
+    if max_files:
+        command = ["sh", "-c", 'ulimit -n "$0" && exec "$@"', str(max_files), *command]
     with tempfile.TemporaryDirectory(prefix="shim-home-") as home:
         variables = harness.clean_environment(
             home, ANTHROPIC_API_KEY=harness.UPSTREAM_KEY, **environment
@@ -79,7 +76,7 @@ def shim(*options: str, max_files: int = 0, **environment: str) -> Iterator[Shim
         with open(log_path, "wb") as log:
             process = subprocess.Popen(
                 command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=log, cwd=home, preexec_fn=limit,
+                stderr=log, cwd=home,
             )  # fmt: skip
         try:
             url = harness.listening_url(process)
