@@ -437,8 +437,8 @@ scalars = some.one_of(
     ]),
 )  # fmt: skip
 NAMES = """model messages role content type text image_url url tool_calls id function name
-    arguments tool_call_id tools tool_choice parameters response_format json_schema schema strict stop
-    n stream
+    arguments tool_call_id tools tool_choice parameters response_format json_schema schema strict
+    stop n stream
     stream_options include_usage max_tokens max_completion_tokens temperature top_p user metadata
     reasoning_effort cache_control prompt system thinking budget_tokens input_schema input source
     media_type data properties items required enum anyOf $ref $defs description format custom
