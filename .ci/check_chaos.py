@@ -527,7 +527,8 @@ def through(control: Any, upstream_port: int) -> str:
     rate = crowd.number / seconds
     return (
         f"{crowd.number:,} requests, {rate:,.0f}/s, seed {SEED}; {dict(crowd.outcomes)}; slowest "
-        f"{crowd.slowest[0]:.1f} s ({crowd.slowest[1]}); {refused} errors beside others' faults; first {base}, then {left}"
+        f"{crowd.slowest[0]:.1f} s ({crowd.slowest[1]}); {refused} errors beside others' faults; "
+        f"first {base}, then {left}"
     )
 
 

@@ -163,8 +163,9 @@ def connected(port: int, *, buffer: int = 0) -> socket.socket:
 
 def received(sock: socket.socket, *, silence: float = 10.0) -> tuple[bytes, bool]:
     """All bytes until the other side closes (True) or is silent for some seconds (False)."""
-    pieces = []
-    while select.select([sock], [], [], silence)[0]:
+    pieces, poll = [], select.poll()
+    poll.register(sock, select.POLLIN)
+    while poll.poll(silence * 1000):
         try:
             piece = sock.recv(1 << 16)
         except ConnectionError:
