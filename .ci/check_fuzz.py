@@ -250,7 +250,7 @@ def difference(raw: bytes, ours: Optional[Read], reason: str, theirs: Optional[R
 @check("mutated requests: none is taken that h11 refuses, none is read in another way")
 def request_heads() -> str:
     mutator, problems, counts = Mutator(SEED, HEADS, TOKENS), [], Counter[str]()
-    budget = Budget(1_000_000, 25)
+    budget = Budget(1_000_000, 20)
     for number in budget:
         raw = mutator.made()
         ours, reason = read_by_us(raw)
@@ -273,7 +273,7 @@ def chunked_bodies() -> str:
         b"5\r\nhello\r\n0\r\n\r\nGET", b"1e;a=b\r\n" + b"x" * 30 + b"\r\n000\r\nA: b\r\n\r\n",
         b"A\r\n0123456789\r\n1\r\n\r\r\n0\r\nTrailer: 1\r\nOther: 2\r\n\r\n", b"0\r\n\r\n",
     ]  # fmt: skip
-    mutator, budget = Mutator(SEED + 1, bodies, TOKENS), Budget(500_000, 8)
+    mutator, budget = Mutator(SEED + 1, bodies, TOKENS), Budget(500_000, 6)
     for _ in budget:
         raw = mutator.made()
         whole, pieces = unchunked([raw]), unchunked(cut(raw, mutator.random))
@@ -310,7 +310,7 @@ def event_boundaries() -> str:
     streams += [stream.replace(b"\n", b"\r\n") for stream in streams[:2]]
     tokens = [b"\n", b"\r", b"\r\n", b"\n\n", b": c\n", b"data", b"data:", b"event: x\n",
     b"\xef\xbb\xbf"]
-    mutator, budget = Mutator(SEED + 2, streams, [*tokens, b"\0", b"id: 1\n"]), Budget(300_000, 8)
+    mutator, budget = Mutator(SEED + 2, streams, [*tokens, b"\0", b"id: 1\n"]), Budget(300_000, 6)
     for _ in budget:
         raw = mutator.made()
         pieces = cut(raw, mutator.random)
@@ -521,7 +521,7 @@ def json_bodies() -> str:
     shim_app, begun, count, problems = app(), time.monotonic(), Counter[str](), {}
 
     @seed(SEED)
-    @settings(max_examples=20_000 if LONG else 2_500, deadline=None, database=None,
+    @settings(max_examples=20_000 if LONG else 1_500, deadline=None, database=None,
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(some.sampled_from(PATHS), bodies)
     def body(path: str, value: Any) -> None:
@@ -566,7 +566,7 @@ JSON_TOKENS = [
 @check("mutated bodies through App: no fault, no 500")
 def mutated_bodies() -> str:
     shim_app, mutator, problems = app(), Mutator(SEED + 5, SAMPLES, JSON_TOKENS), {}
-    budget = Budget(200_000, 10)
+    budget = Budget(200_000, 8)
     for number in budget:
         raw = changed_value(mutator) if number % 2 else mutator.made()
         problem = judged(shim_app, PATHS[number % len(PATHS)], raw)
@@ -615,7 +615,7 @@ def over_sockets() -> str:
     chunked = [top % b"/v1/chat/completions" + b"Transfer-Encoding: chunked\r\n\r\n" + chunks]
     bodied = [head for head in HEADS if not head.startswith(b"HEAD")]  # whose length has no bytes
     mutator = Mutator(SEED + 6, [*bodied, *posts, *chunked], [*TOKENS, *JSON_TOKENS])
-    budget, found = Budget(100_000, 25), Counter[int]()
+    budget, found = Budget(100_000, 15), Counter[int]()
     with shim("--upstream", "echo", "--quiet") as server:
         exchanged(server.port, HEALTH, silence=0.2)
         base = back_to(held(server.pid), server.pid)
