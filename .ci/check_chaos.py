@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import itertools
 import json
 import multiprocessing
 import random
@@ -22,9 +23,10 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
 
-from wire import LONG, SEED, back_to, check, connected, enough_files, held, post, run, shim
+from wire import LONG, SEED, Shim, back_to, check, connected, enough_files, held, post, run, shim
 
 JSON = dict[str, Any]
 CLIENTS, SECONDS, REQUESTS = 64, 20, 100_000 if LONG else 10_000
@@ -165,6 +167,7 @@ def made(plan: Plan, streamed: bool) -> Made:
         "stall": lambda: Made(half, "stall"),
         "slow": lambda: Made(good, "keep", 0.1 + plan.place / 3),
         "refuse": lambda: Made(b"", "refuse"),
+        "hold": lambda: Made(good[:at], "hold"),
     }
     return table[plan.fault]()
 
@@ -194,6 +197,7 @@ class FakeUpstream:
         self.sockets: set[socket.socket] = set()
         self.lock = threading.Lock()
         self.port = 0
+        self.left: dict[int, float] = {}  # when a connection that was held open was closed
         self.listener = self.listening()
         self.port = self.listener.getsockname()[1]
 
@@ -207,13 +211,17 @@ class FakeUpstream:
     def run(self) -> None:
         threading.Thread(target=self.accept, daemon=True).start()
         self.control.send(self.port)
-        while self.control.recv() == "close":
-            with self.lock:
-                sockets = list(self.sockets)
-            for sock in sockets:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-            self.control.send(len(sockets))
+        answers = {"close": self.close_all, "left": self.left.copy}
+        while True:
+            self.control.send(answers[self.control.recv()]())
+
+    def close_all(self) -> int:
+        with self.lock:
+            sockets = list(self.sockets)
+        for sock in sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        return len(sockets)
 
     def accept(self) -> None:
         while True:
@@ -262,9 +270,9 @@ class FakeUpstream:
             return True
         number, fault, place, words = json.loads(told[1].replace(b'\\"', b'"'))
         plan = Plan(number, fault, place, words, False, False, 0.0)
-        return self.send(sock, made(plan, json.loads(body).get("stream") is True))
+        return self.send(sock, made(plan, json.loads(body).get("stream") is True), plan)
 
-    def send(self, sock: socket.socket, answer: Made) -> bool:
+    def send(self, sock: socket.socket, answer: Made, plan: Plan) -> bool:
         middle = len(answer.raw) // 2 if answer.pause else 0
         if middle:
             sock.sendall(answer.raw[:middle])
@@ -275,6 +283,11 @@ class FakeUpstream:
         if answer.end == "stall":
             sock.settimeout(SILENCE * 5)
             assert not sock.recv(1)  # the shim has had enough, or its client has
+        if answer.end == "hold":
+            sock.settimeout(20)
+            with contextlib.suppress(ConnectionError):
+                sock.recv(1)
+            self.left[plan.number] = time.monotonic()
         if answer.end in ("reset", "refuse"):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         return answer.end == "keep"
@@ -484,52 +497,140 @@ class Crowd:
         return time.monotonic() - begun
 
 
-@check("64 clients before an upstream that fails: right, or an explicit error; then all is let go")
-def chaos() -> str:
+class Upstream:
+    """The fake in its process: its port, and what it is told."""
+
+    def __init__(self, control: Any) -> None:
+        self.control, self.port = control, control.recv()
+
+    def told(self, word: str) -> Any:
+        self.control.send(word)
+        return self.control.recv()
+
+
+@contextlib.contextmanager
+def failing_upstream() -> Iterator[Upstream]:
     enough_files()
     control, other = multiprocessing.get_context("fork").Pipe()
     process = multiprocessing.get_context("fork").Process(target=serve_plans, args=(other,))
     process.start()
     try:
-        return through(control, control.recv())
+        yield Upstream(control)
     finally:
         process.kill()
         process.join()
+
+
+def let_go(upstream: Upstream, server: Shim) -> None:
+    """Ends idle connections to upstream: that they are closed is noticed by the next request."""
+    upstream.told("close")
+    time.sleep(0.2)
+    calm, client = Plan(0, "none", 0.0, 3, True, True, 0.0), Client(server.port)
+    assert judged(calm, *client.asked(calm)) == "right"
+    client.close()
 
 
 OPTIONS = ["--quiet", "--retries", "1", "--connect-timeout", "2",
            "--silence-timeout", str(SILENCE), "--first-byte-timeout", str(SILENCE)]  # fmt: skip
 
 
-def through(control: Any, upstream_port: int) -> str:
-    with shim("--base-url", f"http://127.0.0.1:{upstream_port}", *OPTIONS) as server:
-        calm = Plan(0, "none", 0.0, 3, True, True, 0.0)
-
-        def let_go() -> None:
-            """Idle connections to upstream are noticed to be closed by the next request."""
-            control.send("close")
-            control.recv()
-            time.sleep(0.2)
-            client = Client(server.port)
-            assert judged(calm, *client.asked(calm)) == "right"
-            client.close()
-
-        let_go()
+@contextlib.contextmanager
+def shim_before(upstream: Upstream, *options: str) -> Iterator[Shim]:
+    """A shim that afterwards must hold what it held before."""
+    url = f"http://127.0.0.1:{upstream.port}"
+    with shim("--base-url", url, "--quiet", "--connect-timeout", "2", *options) as server:
+        let_go(upstream, server)
         base = held(server.pid)
+        yield server
+        let_go(upstream, server)
+        back_to(base, server.pid, spare=1)
+
+
+@check("64 clients before an upstream that fails: right, or an explicit error; then all is let go")
+def chaos() -> str:
+    with failing_upstream() as upstream, shim_before(upstream, *OPTIONS) as server:
+        first = held(server.pid)
         crowd = Crowd(server.port)
         seconds = crowd.run()
         wrong = crowd.problems
         assert not wrong, "\n".join([f"{crowd.outcomes['WRONG']} wrong (seed {SEED})", *wrong[:8]])
         refused = crowd.by_fault["none", "error"]
         assert refused < crowd.number / 100, f"{refused} errors without a fault"
-        let_go()
-        left = back_to(base, server.pid, spare=1)
+        last = held(server.pid)
     rate = crowd.number / seconds
     return (
         f"{crowd.number:,} requests, {rate:,.0f}/s, seed {SEED}; {dict(crowd.outcomes)}; slowest "
         f"{crowd.slowest[0]:.1f} s ({crowd.slowest[1]}); {refused} errors beside others' faults; "
-        f"first {base}, then {left}"
+        f"first {first}, last {last}"
     )
+
+
+def each_offset() -> Iterator[Plan]:
+    """The same answer, cut before each of its bytes, in both dialects, streamed and not."""
+    for streamed, openai in itertools.product((True, False), (True, False)):
+        plan = Plan(1, "cut", 0.0, 3, streamed, openai, 0.0)
+        size = len(answer(plan, streamed or openai))  # upstream is asked for a stream, to translate
+        for offset, fault in itertools.product(range(size), ("cut", "reset")):
+            yield plan._replace(place=(offset + 0.5) / size, fault=fault)
+
+
+@check("an answer cut before each of its bytes is never taken for a whole one")
+def every_offset() -> str:
+    outcomes: Counter[str] = Counter()
+    problems: list[str] = []
+    plans, lock = each_offset(), threading.Lock()
+
+    def work() -> None:
+        client = Client(port)
+        while True:
+            with lock:
+                plan = next(plans, None)
+            if plan is None or len(problems) > 10:
+                return client.close()
+            try:
+                outcome = judged(plan, *client.asked(plan))
+            except Exception as error:
+                outcome = f"no answer: {type(error).__name__} {error}"
+                client.close()
+            with lock:
+                known = outcome in ("right", "error", "cut off")
+                outcomes[outcome if known else "WRONG"] += 1
+                problems.extend([] if known else [f"{plan}: {outcome}"])
+
+    with failing_upstream() as upstream, shim_before(upstream, "--retries", "0") as server:
+        port = server.port
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not problems, "\n".join(problems)
+    return f"{sum(outcomes.values()):,} cuts: {dict(outcomes)}"
+
+
+@check("a client that vanishes, in any phase: its upstream connection is closed within a second")
+def vanished() -> str:
+    phases = list(itertools.product((True, False), (True, False), range(10)))
+    gone: dict[int, float] = {}
+    with failing_upstream() as upstream, shim_before(upstream, "--retries", "0") as server:
+        for number, (streamed, openai, phase) in enumerate(phases * (10 if LONG else 3), 1):
+            plan = Plan(number, "hold", phase / 10, 5, streamed, openai, 0.0)
+            client = Client(server.port)
+            client.sock = connected(server.port)
+            path = "/v1/chat/completions" if openai else "/v1/messages"
+            client.sock.sendall(post(path, plan.body()))
+            client.sock.settimeout(0.05)  # some phases show nothing to the client
+            with contextlib.suppress(socket.timeout):
+                client.sock.recv(1 << 16)
+            gone[number] = time.monotonic()
+            client.close()
+        time.sleep(1.5)
+        left = upstream.told("left")
+        late = [number for number in gone if number not in left]
+        assert not late, f"{len(late)} of {len(gone)} upstream connections still open: {late[:9]}"
+        delays = sorted(left[number] - gone[number] for number in gone)
+        assert delays[-1] < 1.0, f"closed only after {delays[-1]:.2f} s"
+    return f"{len(delays)} times; closed after {delays[-1] * 1000:.0f} ms at most"
 
 
 if __name__ == "__main__":
