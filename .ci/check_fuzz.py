@@ -39,7 +39,7 @@ from wire import (
     received,
     run,
     shim,
-)  # fmt: skip
+)
 
 _spec = importlib.util.spec_from_file_location("claude_shim", SHIM_FILE)
 assert _spec and _spec.loader
@@ -322,7 +322,7 @@ def event_boundaries() -> str:
             continue
         made = [spelled_alike(transformed(each)) for each in ([raw], pieces)]
         if made[0] != made[1]:
-            raise AssertionError(f"{raw!r} cut as {[len(piece) for piece in pieces]}")
+            raise AssertionError(f"{raw!r} cut as {[len(p) for p in pieces]}: {made[0]} {made[1]}")
     return str(budget)
 
 

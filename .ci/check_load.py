@@ -9,6 +9,7 @@ library only; memory and processor time need /proc.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import math
@@ -24,6 +25,7 @@ from typing import Any
 from wire import (
     HEALTH,
     LAST,
+    LONG,
     Held,
     answers,
     back_to,
@@ -34,9 +36,10 @@ from wire import (
     exchanged,
     held,
     post,
+    received,
     run,
     shim,
-)  # fmt: skip
+)
 
 ECHO = ("--upstream", "echo", "--quiet")
 ASKED = json.dumps({"model": "opus", "messages": [{"role": "user", "content": "hello"}]}).encode()
@@ -336,6 +339,62 @@ def health(port: int, count: int = 100) -> Times:
         assert answers(raw)[0].status == 200, raw
     assert max(seconds) < WORST, f"a request took too long: {Times(seconds)}"
     return Times(seconds)
+
+
+# --- large bodies ---------------------------------------------------------------------------------
+
+
+def peak_mib(pid: int) -> float:
+    """The most memory that a process has held."""
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+
+
+def posted(port: int, body: bytes) -> int:
+    """The status of the answer to a large body."""
+    with connected(port) as sock:
+        sock.settimeout(60)
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(post("/v1/chat/completions", body))
+        raw, _ = received(sock, silence=60)
+    return answers(raw)[0].status
+
+
+@check("a body of 32 MiB that would be millions of values is refused, and costs less than 200 MiB")
+def many_values() -> str:
+    body = b'{"model":"opus","messages":[' + b"[]," * ((32 << 20) // 3 - 20) + b"[]]}"
+    with shim(*ECHO, timed=True) as server:
+        asked(server.port, 5)
+        before, begun = peak_mib(server.pid), time.monotonic()
+        status, seconds = posted(server.port, body), time.monotonic() - begun
+        grown = peak_mib(server.pid) - before
+    assert 400 <= status < 500, status
+    assert grown < 200, f"{grown:.0f} MiB more"
+    return f"{status} after {seconds:.1f} s, {grown:.0f} MiB more"
+
+
+MIB, MOST = (31, 1536) if LONG else (8, 512)
+
+
+@check(f"8 bodies of {MIB} MiB at once stay under {MOST} MiB, and requests beside them are served")
+def large_bodies() -> str:
+    turns = [("user", "x" * (MIB << 20)), ("assistant", "y"), ("user", "hello")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    body = json.dumps({"model": "opus", "messages": messages}).encode()
+    with shim(*ECHO, timed=True) as server, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        asked(server.port, 5)
+        begun, beside = time.monotonic(), []
+        posts = [pool.submit(posted, server.port, body) for _ in range(8)]
+        while not all(one.done() for one in posts):
+            asked_at = time.perf_counter()
+            exchanged(server.port, LAST)
+            beside.append(time.perf_counter() - asked_at)
+            time.sleep(0.05)
+        seconds, peak = time.monotonic() - begun, peak_mib(server.pid)
+        statuses = [one.result() for one in posts]
+    assert set(statuses) <= {200, 429, 503} and 200 in statuses, statuses
+    assert peak < MOST, f"{peak:.0f} MiB; {statuses} after {seconds:.1f} s"
+    return f"{statuses} after {seconds:.1f} s, {peak:.0f} MiB at most; beside them {Times(beside)}"
 
 
 # --- no descriptors left --------------------------------------------------------------------------

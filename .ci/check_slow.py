@@ -37,7 +37,7 @@ from wire import (
     exchanged,
     held,
     run,
-)  # fmt: skip
+)
 
 # The limits of claude_shim.ServerLimits: shortened for the gate.
 LIMITS = {} if LONG else {

@@ -283,7 +283,7 @@ def run(name: str) -> int:
             for frame in traceback.extract_tb(error.__traceback__)[-3:]:
                 print(f"     {os.path.basename(frame.filename)}:{frame.lineno}: {frame.line}")
             for line in f"{type(error).__name__}: {error}".splitlines()[:60]:
-                print("     " + line[:600])
+                print("     " + line[:2000])
         else:
             shown = f": {figures}" if figures else ""
             print(f"ok   {name}: {title}{shown} ({time.monotonic() - begun:.1f} s)")
