@@ -32,6 +32,7 @@ SHIM_PYTHON = os.environ.get("SHIM_PYTHON", sys.executable)
 LONG = "--long" in sys.argv
 HAS_PROC = os.path.isdir("/proc/self/fd")
 JSON = dict[str, Any]
+POOL = 64  # threads that the shim may keep for later (claude_shim.ServerLimits.max_workers)
 
 
 def option(name: str, default: int) -> int:
@@ -129,11 +130,11 @@ def cpu_seconds(pid: int) -> float:
 
 
 def back_to(base: Held, pid: int, *, seconds: float = 10.0, spare: int = 0) -> Held:
-    """What is held once threads and descriptors are back at `base`; AssertionError if never."""
+    """What is held once it is as at `base`, its pool apart; AssertionError if never."""
     deadline = time.monotonic() + seconds
     while True:
         now = held(pid)
-        if now.threads <= base.threads + spare and now.descriptors <= base.descriptors + spare:
+        if now.threads <= base.threads + POOL and now.descriptors <= base.descriptors + spare:
             return now
         if time.monotonic() > deadline:
             raise AssertionError(f"not let go after {seconds:.0f} s: {now}, at first {base}")
