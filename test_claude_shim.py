@@ -2013,6 +2013,9 @@ def test_chunked_body_hands_out_an_unfinished_chunk() -> None:
         case("a bare LF between trailers", b"0\r\nA: b\nC: d\r\n\r\n"),
         case("a space before the colon of a trailer", b"0\r\nA : b\r\n\r\n"),
         case("trailers without end", b"0\r\n" + b"A: b\r\n" * 4000),
+        case("a length in the trailers", b"0\r\ncontent-length: 9\r\n\r\n"),
+        case("a host in the trailers", b"0\r\nA: b\r\nHost: evil.example\r\n\r\n"),
+        case("a coding in the trailers", b"0\r\nTransfer-Encoding: chunked\r\n\r\n"),
     ],
 )
 def test_chunked_body_that_is_malformed(raw: bytes, cut: Any) -> None:
@@ -15066,6 +15069,11 @@ def test_request_that_ends_early_is_not_asked_of_upstream(served: Served) -> Non
         case(
             "two lengths",
             raw_post("/v1/messages", ASKED, "Content-Length: 5"),
+            400,
+        ),
+        case(
+            "two types of the body",
+            raw_post("/v1/messages", ASKED, "Content-Type: text/html", "Content-Type: a/b"),
             400,
         ),
         case(
