@@ -7313,8 +7313,6 @@ def request_framing(head: Head, max_body: int) -> Framing:
     """Return how the body of a request ends (RFC 9112 6); a ProtocolError if that is ambiguous."""
     codings, lengths = head.values("transfer-encoding"), head.values("content-length")
     content_coding(head)
-    if len(head.values("content-type")) > 1:
-        raise ProtocolError("expected one Content-Type header")
     if codings:
         if lengths or head.minor_version == 0:
             raise ProtocolError("Transfer-Encoding together with Content-Length or HTTP/1.0")
