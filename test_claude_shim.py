@@ -16932,48 +16932,54 @@ posix_only = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 @posix_only
 def test_signal_lets_a_running_answer_end_and_a_second_one_does_not(tmp_path: Path) -> None:
-    with FakeUpstream([BEGUN, UNTIL_GONE]) as fake:
-        argv = ("--base-url", fake.url, "--drain-seconds", "60")
-        with program(tmp_path, *argv, ANTHROPIC_API_KEY="sk-ant-api03-x") as (process, address):
-            with socket.create_connection(address, PATIENCE) as client:
-                client.sendall(POST_CHAT)
-                assert fake.stalled.acquire(timeout=PATIENCE)
-                process.send_signal(signal.SIGTERM)
-                refused = False
-                while not refused:  # the port is closed first
-                    with contextlib.suppress(OSError), socket.create_connection(address):
-                        continue
-                    refused = True
-                assert process.poll() is None
-                process.send_signal(signal.SIGINT)
-                assert process.wait(PATIENCE) == 130
+    key = {"ANTHROPIC_API_KEY": "sk-ant-api03-x"}
+    with (
+        FakeUpstream([BEGUN, UNTIL_GONE]) as fake,
+        program(tmp_path, "--base-url", fake.url, **key) as (process, address),
+        socket.create_connection(address, PATIENCE) as client,
+    ):
+        client.sendall(POST_CHAT)
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        process.send_signal(signal.SIGTERM)
+        refused = False
+        while not refused:  # the port is closed first
+            with contextlib.suppress(OSError), socket.create_connection(address):
+                continue
+            refused = True
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
 
 
 @posix_only
 def test_hang_up_signal_reads_the_keys_again_and_drops_nothing(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("one\n")
-    argv = ("--upstream", "echo", "--client-key-file", str(keys))
-    with program(tmp_path, *argv) as (process, address):
-        with socket.create_connection(address, PATIENCE) as client:
+    with (
+        program(tmp_path, "--upstream", "echo", "--client-key-file", str(keys)) as (
+            process,
+            address,
+        ),
+        socket.create_connection(address, PATIENCE) as client,
+    ):
 
-            def status(key: str) -> bytes:
-                field = f"Authorization: Bearer {key}"
-                client.sendall(raw_request("GET /v1/models HTTP/1.1", field))
-                answer = b""
-                while b"}]}" not in answer and b'"code"' not in answer:
-                    answer += client.recv(1 << 16)
-                return answer[9:12]
+        def status(key: str) -> bytes:
+            field = f"Authorization: Bearer {key}"
+            client.sendall(raw_request("GET /v1/models HTTP/1.1", field))
+            answer = b""
+            while b"}]}" not in answer and b'"code"' not in answer:
+                answer += client.recv(1 << 16)
+            return answer[9:12]
 
-            assert (status("one"), status("two")) == (b"200", b"401")
-            keys.write_text("two\n")
-            process.send_signal(signal.SIGHUP)
-            assert "read again" in read_until(process.stderr, "note: ")
-            assert (status("one"), status("two")) == (b"401", b"200")
-            keys.write_text("\n")
-            process.send_signal(signal.SIGHUP)
-            assert "stays as it was" in read_until(process.stderr, "note: ")
-            assert status("two") == b"200"
+        assert (status("one"), status("two")) == (b"200", b"401")
+        keys.write_text("two\n")
+        process.send_signal(signal.SIGHUP)
+        assert "read again" in read_until(process.stderr, "note: ")
+        assert (status("one"), status("two")) == (b"401", b"200")
+        keys.write_text("\n")
+        process.send_signal(signal.SIGHUP)
+        assert "stays as it was" in read_until(process.stderr, "note: ")
+        assert status("two") == b"200"
 
 
 def read_until(stream: Any, start: str) -> str:
