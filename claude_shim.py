@@ -48,6 +48,7 @@ import ipaddress
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import secrets
@@ -56,16 +57,18 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import sys
 import threading
 import time
 import urllib.parse
 import urllib.request
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from datetime import datetime, timezone
 from typing import (
     Any,
     Callable,
+    Deque,
     Dict,
     FrozenSet,
     Iterable,
@@ -256,6 +259,23 @@ class UpstreamUnreachableError(ShimError):
     """502: no connection to upstream."""
 
     status = 502
+
+
+class CredentialError(ShimError):
+    """401: our own credential is void until its owner does what the message says."""
+
+    status = 401
+    type = "authentication_error"
+
+
+class CredentialUnavailableError(ShimError):
+    """503: our own credential cannot be renewed at the moment; carries `retry-after`."""
+
+    status = 503
+
+    def __init__(self, message: str, seconds: float = 5.0) -> None:
+        super().__init__(message, headers=[("retry-after", str(math.ceil(seconds)))])
+        self.seconds = seconds
 
 
 class UpstreamFault(ShimError):
@@ -3272,43 +3292,104 @@ class CompletionStreamEncoder(ChatStreamEncoder):
 
 
 # ----------------------------------------------------------------------
-# 8. Credentials                                               uses: 0 1
+# 8. Credentials                                             uses: 0 1 2
 # ----------------------------------------------------------------------
-# Who pays. A credential gives the headers of one upstream request; secrets are never in a repr.
+# Who pays. A credential gives the headers of one upstream request, and newer ones when those were
+# refused. HTTP comes in as a function; secrets are never in a repr, a log line or an error.
+
+
+class Kind(NamedTuple):
+    """One way of proving to upstream who pays."""
+
+    name: str  # in a sentence
+    given: str  # how its user gives it
+    payer: str
+    claude_ai: bool = False  # a token of a subscription, which Anthropic reserves for its own apps
+
+
+_CONSOLE = "billed to its Claude Console organisation"
+_SUBSCRIPTION = "drawn from its Claude subscription or billed as extra usage"
+
+# What --auth takes, in the order in which `auto` looks (D7).
+KINDS: Dict[str, Kind] = {
+    "oauth-bundle": Kind("OAuth login", "`claude_shim login`, or `--bundle`", _SUBSCRIPTION, True),
+    "setup-token": Kind(
+        "setup token", "`CLAUDE_CODE_OAUTH_TOKEN`, `--setup-token-file`", _SUBSCRIPTION, True
+    ),
+    "api-key": Kind("API key", "`ANTHROPIC_API_KEY`, `--api-key-file`", _CONSOLE),
+    "auth-token": Kind(
+        "bearer token", "`ANTHROPIC_AUTH_TOKEN`", "billed to whoever the token is of"
+    ),
+    "helper": Kind("key", "`--key-helper COMMAND`", "billed to whoever the key is of"),
+    "profile": Kind("profile", "`ant auth login`, `ANTHROPIC_PROFILE`", _CONSOLE),
+    "federation": Kind("workload identity", "`ANTHROPIC_FEDERATION_RULE_ID` and its kin", _CONSOLE),
+    "claude-code": Kind("login of Claude Code", "`claude`, then `/login`", _SUBSCRIPTION, True),
+    "passthrough": Kind(
+        "each client's own key", "`--auth passthrough` and nothing else", "billed to each client"
+    ),
+    "none": Kind("none", "`--upstream echo`", "nothing is billed"),
+}
+
+
+class Description(NamedTuple):
+    """What a credential is, without secrets; as text a sentence."""
+
+    kind: str  # a key of KINDS
+    source: str = ""  # where it is from
+    expires_at: Optional[float] = None  # seconds since 1970; None: not known, or never
+
+    @property
+    def payer(self) -> str:
+        """Who pays, in words."""
+        return KINDS[self.kind].payer
+
+    def __str__(self) -> str:
+        origin = f" from {self.source}" if self.source else ""
+        return f"{KINDS[self.kind].name}{origin}, {self.payer}"
 
 
 class Credential:
     """What proves to upstream who pays: one header, never two."""
 
-    kind = ""
+    def authorization(
+        self, client: Dict[str, str], rejected: Optional[HeaderList] = None
+    ) -> HeaderList:
+        """Return the header fields for a request whose client sent the headers `client`.
 
-    def headers(self, client: Dict[str, str]) -> HeaderList:
-        """Return the header for a request whose client sent the headers `client`."""
+        `rejected` are those that upstream answered with 401; they come back when there are no
+        newer ones. A ShimError says what its owner has to do.
+        """
         raise NotImplementedError
 
-    def describe(self) -> str:
-        """Return a sentence without secrets: what it is, where from, whose bill."""
+    def describe(self) -> Description:
+        """Return what it is, where it is from and whose bill it is."""
         raise NotImplementedError
 
     def secrets(self) -> List[str]:
         """Return what must never be shown."""
         return []
 
+    def start(self) -> None:
+        """Begin to renew it in time, if that is ever needed."""
+
+    def close(self) -> None:
+        """Stop renewing it, after the renewal that is under way."""
+
 
 class APIKey(Credential):
     """An API key of the Claude Console, sent as `x-api-key`."""
-
-    kind = "api-key"
 
     def __init__(self, key: str, source: str) -> None:
         self._key = key
         self._source = source
 
-    def headers(self, client: Dict[str, str]) -> HeaderList:
+    def authorization(
+        self, client: Dict[str, str], rejected: Optional[HeaderList] = None
+    ) -> HeaderList:
         return [("x-api-key", self._key)]
 
-    def describe(self) -> str:
-        return f"API key from {self._source}, billed to its Claude Console organisation"
+    def describe(self) -> Description:
+        return Description("api-key", self._source)
 
     def secrets(self) -> List[str]:
         return [self._key]
@@ -3317,9 +3398,9 @@ class APIKey(Credential):
 class Passthrough(Credential):
     """The client's own credential, handed on as it came."""
 
-    kind = "passthrough"
-
-    def headers(self, client: Dict[str, str]) -> HeaderList:
+    def authorization(
+        self, client: Dict[str, str], rejected: Optional[HeaderList] = None
+    ) -> HeaderList:
         for name in ("x-api-key", "authorization"):
             if client.get(name):
                 return [(name, client[name])]
@@ -3329,20 +3410,20 @@ class Passthrough(Credential):
             "send your Anthropic API key as x-api-key or Authorization: Bearer"
         )
 
-    def describe(self) -> str:
-        return "each client's own key, billed to each client"
+    def describe(self) -> Description:
+        return Description("passthrough")
 
 
 class NoCredential(Credential):
     """For an upstream that asks for none."""
 
-    kind = "none"
-
-    def headers(self, client: Dict[str, str]) -> HeaderList:
+    def authorization(
+        self, client: Dict[str, str], rejected: Optional[HeaderList] = None
+    ) -> HeaderList:
         return []
 
-    def describe(self) -> str:
-        return "none, nothing is billed"
+    def describe(self) -> Description:
+        return Description("none")
 
 
 def checked_secret(text: str, source: str) -> str:
@@ -3352,6 +3433,260 @@ def checked_secret(text: str, source: str) -> str:
         reason = "is empty" if not key else "holds white space or characters beyond ASCII"
         raise ConfigError(f"the key from {source} {reason}")
     return key
+
+
+# --- files that hold secrets
+
+MAX_SECRET_BYTES = 1 << 20
+
+
+def _own_target(path: str) -> str:
+    """The file itself; a symbolic link of the user's own is followed once, another's never."""
+    path = os.path.abspath(os.path.expanduser(path))
+    try:
+        link = os.lstat(path)
+    except OSError:
+        return path  # whoever opens it tells why
+    if not stat.S_ISLNK(link.st_mode):
+        return path
+    if os.name == "posix" and link.st_uid != os.geteuid():
+        raise ConfigError(f"{path} is a symbolic link of another user: name the file itself")
+    return os.path.join(os.path.dirname(path), os.readlink(path))
+
+
+def read_secret_file(path: str) -> str:
+    """Return the text of a file that only its owner can read.
+
+    ConfigError with what to do if it is another's, open to others, a second link or no file. On
+    Windows only the last: there the profile folder guards it.
+    """
+    target = _own_target(path)
+    flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK"))
+    try:
+        descriptor = os.open(target, functools.reduce(operator.or_, flags, os.O_RDONLY))
+        try:
+            _check_guarded(target, os.fstat(descriptor))
+            return os.read(descriptor, MAX_SECRET_BYTES).decode("utf-8-sig")
+        finally:
+            os.close(descriptor)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        reason = "a link to a link" if getattr(error, "errno", 0) == errno.ELOOP else reason
+        raise ConfigError(f"cannot read {path}: {reason}") from None
+
+
+def _check_guarded(path: str, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{path} is no regular file")
+    if os.name != "posix":
+        return
+    if status.st_uid != os.geteuid():
+        raise ConfigError(f"{path} belongs to another user: run chown {os.geteuid()} {path}")
+    if status.st_mode & 0o077:
+        raise ConfigError(f"{path} can be read by others: run chmod 600 {path}")
+
+
+def write_secret_file(path: str, text: str) -> None:
+    """Replace a file at once, or not at all, readable by its owner alone; OSError if it failed.
+
+    After the return it is on the disk. A missing folder is made, for the owner alone.
+    """
+    import tempfile
+
+    target = _own_target(path)
+    folder = os.path.dirname(target)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".claude-shim-")  # 0600 from birth
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)  # of the name; the bytes are safe already
+        finally:
+            os.close(opened)
+
+
+# --- tokens
+
+# Of Claude Code 2.1 (no other client id is known to be granted); each can be set by an option.
+OAUTH_CLIENT_ID = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
+OAUTH_SCOPE = "user:profile user:inference"
+AUTHORIZE_URL = "https://claude.com/cai/oauth/authorize"
+MANUAL_REDIRECT_URL = "https://platform.claude.com/oauth/code/callback"
+TOKEN_URL = "https://platform.claude.com/v1/oauth/token"
+OLD_TOKEN_URL = "https://console.anthropic.com/v1/oauth/token"  # asked when TOKEN_URL is a 404
+OAUTH_BETA = "oauth-2025-04-20"
+FEDERATION_BETA = "oidc-federation-2026-04-01"
+
+
+class Bundle(NamedTuple):
+    """A login: what is sent, what renews it, and until when it is good."""
+
+    access_token: str
+    refresh_token: str = ""  # empty: cannot be renewed
+    expires_at: Optional[float] = None  # seconds since 1970; None: not known
+
+    def __repr__(self) -> str:
+        return f"Bundle(expires_at={self.expires_at})"
+
+
+def parsed_bundle(text: str, source: str) -> Bundle:
+    """Return the login that a JSON file holds; ConfigError names what is wrong with `source`."""
+    try:
+        value = loads_text(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source} is no JSON object")
+    if "claudeAiOauth" in value:
+        raise ConfigError(f"{source} is Claude Code's own file: use --auth claude-code instead")
+    access, refresh = value.get("access_token"), value.get("refresh_token") or ""
+    if not isinstance(access, str) or not isinstance(refresh, str):
+        raise ConfigError(f"{source} needs access_token and refresh_token, both texts")
+    if refresh:
+        refresh = checked_secret(refresh, source)
+    return Bundle(
+        checked_secret(access, source), refresh, parsed_expiry(value.get("expires_at"), source)
+    )
+
+
+def parsed_expiry(value: Any, source: str) -> Optional[float]:
+    """Return the seconds since 1970 that seconds, milliseconds or ISO 8601 stand for, or None."""
+    if value is None or value == "":
+        return None
+    with contextlib.suppress(ValueError, OverflowError):
+        if isinstance(value, str) and not re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
+            text = re.sub(r"[.,][0-9]+", "", value.strip().upper()).replace("Z", "+00:00")
+            moment = datetime.fromisoformat(text)
+            return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            number = float(value)
+            return number / 1000 if number > 1e11 else number  # 1e11 s: the year 5138
+    raise ConfigError(f"{source}: expires_at is neither ISO 8601 nor seconds or milliseconds")
+
+
+class TokenRequest(NamedTuple):
+    """A POST to a token endpoint, the fields as a JSON object."""
+
+    url: str
+    fields: Dict[str, str]
+    headers: HeaderList = []
+
+    def __repr__(self) -> str:
+        return f"TokenRequest({self.url})"
+
+    def body(self) -> bytes:
+        """Return the fields as JSON."""
+        return dumps(self.fields)
+
+
+class TokenAnswer(NamedTuple):
+    """What a token endpoint answered, read to the end."""
+
+    status: int
+    headers: HeaderList  # names in lower case
+    body: bytes
+
+    def __repr__(self) -> str:
+        return f"TokenAnswer({self.status})"
+
+
+# Follows no redirect, verifies TLS, honours proxies, is limited in time and size; a ShimError when
+# there is no whole answer. Section 14 makes it of section 9.
+TokenPost = Callable[[TokenRequest], TokenAnswer]
+
+
+# Never in the environment of a program that we start.
+SECRET_VARIABLES = frozenset(
+    """
+    ANTHROPIC_API_KEY ANTHROPIC_AUTH_TOKEN ANTHROPIC_CUSTOM_HEADERS ANTHROPIC_IDENTITY_TOKEN
+    CLAUDE_CODE_OAUTH_REFRESH_TOKEN CLAUDE_CODE_OAUTH_TOKEN CLAUDE_SHIM_API_KEY
+    CLAUDE_SHIM_UPSTREAM_HEADER OPENAI_API_KEY
+    """.split()
+)
+
+
+def without_secrets(environment: Dict[str, str]) -> Dict[str, str]:
+    """Return an environment for a program that has no business with our secrets."""
+    return {k: v for k, v in environment.items() if k.upper() not in SECRET_VARIABLES}
+
+
+RUN_SECONDS = 30.0
+
+
+def run_program(command: Sequence[str], seconds: float = RUN_SECONDS) -> Tuple[int, str]:
+    """Return the exit code and the output of a program that is killed when time is up.
+
+    With it die the programs that it started. OSError if it cannot be run, TimeoutError.
+    """
+    import subprocess
+
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env=without_secrets(dict(os.environ)),
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"no answer within {seconds:g} seconds") from None
+        finally:
+            _kill_group(process.pid)
+    return process.returncode, output.decode("utf-8", "replace")
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(OSError):
+        if os.name == "posix":
+            os.killpg(leader, signal.SIGKILL)
+        else:
+            os.kill(leader, signal.SIGTERM)
+
+
+def _nobody(line: str) -> None:
+    """Neither told nor hidden."""
+
+
+class Outside(NamedTuple):
+    """What a credential needs of the world."""
+
+    post: TokenPost
+    tell: Callable[[str], None] = _nobody  # a line for the log
+    hide: Callable[[str], None] = _nobody  # a secret that the log must mask from now on
+    clock: Callable[[], float] = time.time
+    run: Callable[[Sequence[str]], Tuple[int, str]] = run_program
+
+
+class OAuthClient(NamedTuple):
+    """Who asks for tokens, and where."""
+
+    urls: Tuple[str, ...] = (TOKEN_URL, OLD_TOKEN_URL)  # the next is asked when one is a 404
+    id: str = OAUTH_CLIENT_ID
+    scope: str = OAUTH_SCOPE
+    headers: HeaderList = []
+
+
+def granted(outside: Outside, client: OAuthClient, fields: Dict[str, str]) -> Bundle:
+    """Return the tokens that a token endpoint gives for `fields` (RFC 6749 4.1.3, 6).
+
+    CredentialError when the grant is void for good, CredentialUnavailableError when it may work
+    later.
+    """
+    raise NotImplementedError
+
+
+# --- keys of clients
 
 
 class ClientKeys:
@@ -4311,6 +4646,26 @@ def log_line(record: Record) -> str:
     )
 
 
+def spellings(secret: str) -> List[str]:
+    """Return the forms in which a secret may turn up: as it is, in base64, percent-encoded.
+
+    In base64 it looks different behind each number of bytes (modulo 3), and its ends mix with
+    what is beside it: those are left out.
+    """
+    if not secret:
+        return []
+    found = {secret, urllib.parse.quote(secret, safe=""), urllib.parse.quote_plus(secret)}
+    raw = secret.encode("utf-8", "replace")
+    for shift in range(3) if len(raw) >= 12 else ():
+        whole = base64.b64encode(bytes(shift) + raw).decode()
+        inner = whole[math.ceil(shift * 8 / 6) : (shift + len(raw)) * 8 // 6]
+        found |= {inner, inner.translate(_URL_SAFE)}
+    return sorted(found)
+
+
+_URL_SAFE = str.maketrans("+/", "-_")
+
+
 class Log:
     """Writes lines to `stream` (None: nowhere), with every known secret masked."""
 
@@ -4319,15 +4674,26 @@ class Log:
     ) -> None:
         self._stream = stream
         self.quiet = quiet  # about requests; notes and faults are written all the same
-        self._secrets = sorted(filter(None, secrets), key=len, reverse=True)  # the longest first
+        self._secrets = [spelling for secret in secrets for spelling in spellings(secret)]
+        self._renewed: Deque[str] = deque(maxlen=256)
+        self._pattern = self._compiled()
         self._lock = threading.Lock()
         self._told: List[str] = []
 
+    def hide(self, secret: str) -> None:
+        """Mask one more secret from now on; of those that come and go, the latest are kept."""
+        with self._lock:
+            new = [s for s in spellings(secret) if s not in self._secrets + list(self._renewed)]
+            self._renewed.extend(new)
+            self._pattern = self._compiled() if new else self._pattern
+
+    def _compiled(self) -> Optional[Pattern[str]]:
+        known = sorted((*self._secrets, *self._renewed), key=len, reverse=True)  # longest first
+        return re.compile("|".join(map(re.escape, known))) if known else None
+
     def masked(self, text: str) -> str:
         """Return `text` with every known secret replaced."""
-        for secret in self._secrets:
-            text = text.replace(secret, "[secret]")
-        return text
+        return self._pattern.sub("[secret]", text) if self._pattern else text
 
     def write(self, line: str) -> None:
         """Write one line; a log that cannot be written must not stop an answer."""
@@ -4750,6 +5116,7 @@ class App:
 
     def close(self) -> None:
         """Let go of upstream."""
+        self.credential.close()
         self.upstream.close()
         for thread in self._threads:
             thread.join(GET_SECONDS)
@@ -5014,7 +5381,7 @@ class App:
         return head._replace(body=Stream(response.source, transform))
 
     def _credential_headers(self, client: Dict[str, str]) -> HeaderList:
-        return self.credential.headers(self.policy.client_keys.stripped(client))
+        return self.credential.authorization(self.policy.client_keys.stripped(client))
 
     # --- models and health
 
@@ -5810,7 +6177,16 @@ class Settings(NamedTuple):
     upstream: str
     base_url: str
     auth: str
+    fallback_auth: str
     api_key_file: str
+    setup_token_file: str
+    allow_odd_token: bool
+    bundle: str
+    key_helper: str
+    key_helper_ttl: float
+    token_url: Tuple[str, ...]
+    oauth_client_id: str
+    oauth_scope: str
     client_key_file: str
     allow_host: Tuple[str, ...]
     alias: Dict[str, str]
@@ -5895,6 +6271,16 @@ def _url(text: str) -> str:
     return re.sub(r"/v1/?$", "", text.rstrip("/"))
 
 
+def _token_urls(text: str) -> Tuple[str, ...]:
+    urls = _names(text)
+    for url in urls:
+        _url(url)
+        host = urllib.parse.urlsplit(url).hostname or ""
+        if not url.startswith("https:") and not is_loopback(host):
+            raise ValueError("a token endpoint must be https://")
+    return urls
+
+
 def _names(text: str) -> Tuple[str, ...]:
     return tuple(name for name in re.split(r"[\s,]+", text) if name)
 
@@ -5939,6 +6325,8 @@ class Option(NamedTuple):
         return f"CLAUDE_SHIM_{self.field.upper()}"
 
 
+AUTH_MODES = tuple(kind for kind in KINDS if kind != "none")
+
 OPTIONS: Tuple[Option, ...] = (
     Option(
         "host",
@@ -5964,14 +6352,42 @@ OPTIONS: Tuple[Option, ...] = (
     ),
     Option(
         "auth",
-        _one_of("auto", "api-key", "passthrough"),
+        _one_of("auto", *AUTH_MODES),
         "auto",
-        "auto, api-key, or passthrough: each client's own key goes upstream",
+        "the credential to use, see Credentials; auto takes the first that is there",
+        "MODE",
+    ),
+    Option(
+        "fallback-auth",
+        _one_of("", *AUTH_MODES),
+        "",
+        "the credential to use when upstream refuses the first, or it is spent",
         "MODE",
     ),
     Option(
         "api-key-file", _text, "", "file that holds the API key; else ANTHROPIC_API_KEY", "FILE"
     ),
+    Option(
+        "setup-token-file",
+        _text,
+        "",
+        "file that holds a setup token; else CLAUDE_CODE_OAUTH_TOKEN",
+        "FILE",
+    ),
+    Option("allow-odd-token", _flag, "no", "take a setup token that does not look like one"),
+    Option("bundle", _text, "", "file of an OAuth login; else the one that `login` writes", "FILE"),
+    Option("key-helper", _text, "", "shell command that prints a key", "COMMAND"),
+    Option("key-helper-ttl", _seconds, "300", "seconds until it is run again", "S"),
+    Option(
+        "token-url",
+        _token_urls,
+        f"{TOKEN_URL} {OLD_TOKEN_URL}",
+        "where an OAuth login is renewed; a second one is asked if the first is a 404",
+        "URL",
+        True,
+    ),
+    Option("oauth-client-id", _text, OAUTH_CLIENT_ID, "client id of an OAuth login", "ID"),
+    Option("oauth-scope", _text, OAUTH_SCOPE, "scopes that `login` asks for", "SCOPES"),
     Option(
         "client-key-file",
         _text,
@@ -6031,6 +6447,17 @@ def config_path(environment: Dict[str, str]) -> str:
     home = environment.get("HOME") or "/nonexistent"
     folder = environment.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
     return os.path.join(folder, "claude-shim", "config.ini")
+
+
+def bundle_path(settings: Settings, environment: Dict[str, str]) -> str:
+    """Return the file of the OAuth login: the one that was named, or the one of `login`."""
+    if settings.bundle:
+        return settings.bundle
+    if os.name == "nt":
+        return os.path.join(environment.get("LOCALAPPDATA", ""), "claude-shim", "oauth.json")
+    home = environment.get("HOME") or "/nonexistent"
+    folder = environment.get("XDG_STATE_HOME") or os.path.join(home, ".local", "state")
+    return os.path.join(folder, "claude-shim", "oauth.json")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -6164,9 +6591,9 @@ def client_keys_from(settings: Settings, environment: Dict[str, str]) -> ClientK
     return ClientKeys()
 
 
-def tls_context(settings: Settings) -> Optional[ssl.SSLContext]:
-    """Return the one TLS context for upstream; ConfigError when a file of it cannot be used."""
-    if not settings.base_url.startswith("https:"):
+def tls_context(settings: Settings, url: str) -> Optional[ssl.SSLContext]:
+    """Return a TLS context for `url`; ConfigError when a file of it cannot be used."""
+    if not url.startswith("https:"):
         return None
     context = ssl.create_default_context()
     try:
@@ -6203,8 +6630,57 @@ def upstream_from(settings: Settings) -> Upstream:
         settings.base_url,
         limits=limits,
         extra_headers=settings.upstream_header,
-        context=tls_context(settings),
+        context=tls_context(settings, settings.base_url),
     )
+
+
+TOKEN_SECONDS = 30.0
+MAX_TOKEN_BYTES = 1 << 20
+
+
+def token_post(settings: Settings) -> TokenPost:
+    """Return how token endpoints are asked: as upstream is, over a connection of its own."""
+
+    def post(request: TokenRequest) -> TokenAnswer:
+        parts = urllib.parse.urlsplit(request.url)
+        headers = [
+            ("content-type", "application/json"),
+            ("accept", "application/json"),
+            ("user-agent", f"claude-shim/{__version__}"),
+            *request.headers,
+        ]
+        call = UpstreamRequest("POST", parts.path, headers, request.body(), patience=TOKEN_SECONDS)
+        try:
+            context = tls_context(settings, request.url)
+            upstream = HTTPUpstream(f"{parts.scheme}://{parts.netloc}", context=context)
+        except ConfigError as error:
+            raise UpstreamUnreachableError(str(error)) from None
+        with contextlib.closing(upstream):
+            return _read_token_answer(upstream.send(call))
+
+    return post
+
+
+def _read_token_answer(response: UpstreamResponse) -> TokenAnswer:
+    body = b""
+    try:
+        for piece in pieces_of(response.source):
+            body += piece
+            if len(body) > MAX_TOKEN_BYTES:
+                raise UpstreamCutError("the token endpoint does not stop to answer")
+    finally:
+        response.source.drop()
+    return TokenAnswer(response.status, response.headers, body)
+
+
+def outside(settings: Settings, log: Log) -> Outside:
+    """Return the world for a credential."""
+    return Outside(token_post(settings), log.write, log.hide)
+
+
+def oauth_client(settings: Settings) -> OAuthClient:
+    """Return who asks for the tokens of an OAuth login."""
+    return OAuthClient(settings.token_url, settings.oauth_client_id, settings.oauth_scope)
 
 
 def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO) -> Server:

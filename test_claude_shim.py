@@ -8418,13 +8418,13 @@ CREDENTIALS = [
 
 @pytest.mark.parametrize(("credential", "client", "expected"), CREDENTIALS)
 def test_credential_headers(credential: shim.Credential, client: Any, expected: Any) -> None:
-    assert credential.headers(client) == expected
+    assert credential.authorization(client) == expected
 
 
 @pytest.mark.parametrize("client", [{}, {"x-api-key": ""}, {"x-claude-shim-key": "k"}])
 def test_passthrough_without_a_key_is_401(client: Dict[str, str]) -> None:
     with pytest.raises(shim.AuthenticationError) as caught:
-        shim.Passthrough().headers(client)
+        shim.Passthrough().authorization(client)
     assert caught.value.status == 401
     assert "x-api-key" in caught.value.message
 
@@ -8433,7 +8433,7 @@ def test_credential_never_shows_its_secret() -> None:
     key = shim.APIKey("sk-ant-api03-ours", "ANTHROPIC_API_KEY")
     assert key.secrets() == ["sk-ant-api03-ours"]
     assert "sk-ant" not in f"{key!r} {key} {key.describe()}"
-    assert key.describe() == (
+    assert str(key.describe()) == (
         "API key from ANTHROPIC_API_KEY, billed to its Claude Console organisation"
     )
     keys = shim.ClientKeys({"ann": "secret-of-ann"})
@@ -13123,7 +13123,19 @@ def test_settings_without_any() -> None:
         "upstream": "http",
         "base_url": "https://api.anthropic.com",
         "auth": "auto",
+        "fallback_auth": "",
         "api_key_file": "",
+        "setup_token_file": "",
+        "allow_odd_token": False,
+        "bundle": "",
+        "key_helper": "",
+        "key_helper_ttl": 300.0,
+        "token_url": (
+            "https://platform.claude.com/v1/oauth/token",
+            "https://console.anthropic.com/v1/oauth/token",
+        ),
+        "oauth_client_id": "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
+        "oauth_scope": "user:profile user:inference",
         "client_key_file": "",
         "allow_host": (),
         "alias": {},
@@ -13347,7 +13359,7 @@ def test_text_file_with_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_bytes(b"\xef\xbb\xbfsk-ant-1\r\n")
     credential = shim.credential_from(settings_of("--api-key-file", str(path)), {})
-    assert credential.headers({}) == [("x-api-key", "sk-ant-1")]
+    assert credential.authorization({}) == [("x-api-key", "sk-ant-1")]
 
 
 API_KEY_ENV = {"ANTHROPIC_API_KEY": "sk-ant-env"}
@@ -13367,7 +13379,7 @@ def test_credential_is_chosen(tmp_path: Path, argv: List[str], env: Any, expecte
     path = tmp_path / "key"
     path.write_text("sk-ant-file\n")
     settings = settings_of(*[str(path) if word == "KEY" else word for word in argv])
-    assert shim.credential_from(settings, env).headers({"x-api-key": "c"}) == expected
+    assert shim.credential_from(settings, env).authorization({"x-api-key": "c"}) == expected
 
 
 @pytest.mark.parametrize("env", [{}, {"ANTHROPIC_API_KEY": " "}])
