@@ -61,6 +61,7 @@ import stat
 import sys
 import threading
 import time
+import unicodedata
 import urllib.parse
 import urllib.request
 from collections import OrderedDict, deque
@@ -3395,6 +3396,25 @@ class APIKey(Credential):
         return [self._key]
 
 
+class AuthToken(Credential):
+    """A token that is sent as `Authorization: Bearer`, and never renewed."""
+
+    def __init__(self, token: str, source: str, kind: str = "auth-token") -> None:
+        self._token = token
+        self._description = Description(kind, source)
+
+    def authorization(
+        self, client: Dict[str, str], rejected: Optional[HeaderList] = None
+    ) -> HeaderList:
+        return key_headers(self._token, bearer=True)
+
+    def describe(self) -> Description:
+        return self._description
+
+    def secrets(self) -> List[str]:
+        return [self._token]
+
+
 class Passthrough(Credential):
     """The client's own credential, handed on as it came."""
 
@@ -3424,6 +3444,64 @@ class NoCredential(Credential):
 
     def describe(self) -> Description:
         return Description("none")
+
+
+OAUTH_BETA = "oauth-2025-04-20"
+FEDERATION_BETA = "oidc-federation-2026-04-01"
+
+
+def key_headers(key: str, bearer: bool) -> HeaderList:
+    """Return the header fields that show a key; OAuth tokens are refused without their beta."""
+    oauth = key.startswith("sk-ant-oat")
+    if not (bearer or oauth):
+        return [("x-api-key", key)]
+    beta = [("anthropic-beta", OAUTH_BETA)] if oauth else []
+    return [("authorization", f"Bearer {key}"), *beta]
+
+
+def with_authorization(headers: HeaderList, authorization: HeaderList) -> HeaderList:
+    """Return the header fields of a request with those of a credential, which win.
+
+    Only `anthropic-beta` is a list: there the client's come first, none twice.
+    """
+    shown = dict(authorization)
+    if "anthropic-beta" in shown:
+        lists = [value for name, value in headers if name == "anthropic-beta"]
+        betas = [beta.strip() for beta in ",".join([*lists, shown["anthropic-beta"]]).split(",")]
+        shown["anthropic-beta"] = ",".join(dict.fromkeys(filter(None, betas)))
+    return [(name, value) for name, value in headers if name not in shown] + list(shown.items())
+
+
+# A beginning that tells what a key is -> why it is no API key.
+_NO_API_KEY = {
+    "sk-ant-oat": "is an OAuth token: give it as CLAUDE_CODE_OAUTH_TOKEN or --setup-token-file",
+    "sk-ant-ort": "is a refresh token, which is no key: put the whole login into --bundle",
+    "sk-ant-admin": "is an admin key, which may not run models: create an API key",
+}
+
+
+def checked_api_key(text: str, source: str) -> str:
+    """Return an API key; ConfigError if it is something else."""
+    key = checked_secret(text, source)
+    for beginning, reason in _NO_API_KEY.items():
+        if key.startswith(beginning):
+            raise ConfigError(f"the key from {source} {reason}")
+    return key
+
+
+MIN_SETUP_TOKEN = 80
+
+
+def checked_setup_token(text: str, source: str, allow_odd: bool = False) -> str:
+    """Return a setup token; ConfigError if it does not look like one, unless that is allowed."""
+    token = checked_secret(text, source)
+    if allow_odd or (token.startswith("sk-ant-oat") and len(token) >= MIN_SETUP_TOKEN):
+        return token
+    short = f"has {len(token)} characters of at least {MIN_SETUP_TOKEN}: is it cut off?"
+    reason = short if token.startswith("sk-ant-oat") else "does not begin with sk-ant-oat"
+    raise ConfigError(
+        f"the setup token from {source} {reason} (--allow-odd-token takes it all the same)"
+    )
 
 
 def checked_secret(text: str, source: str) -> str:
@@ -3524,8 +3602,6 @@ AUTHORIZE_URL = "https://claude.com/cai/oauth/authorize"
 MANUAL_REDIRECT_URL = "https://platform.claude.com/oauth/code/callback"
 TOKEN_URL = "https://platform.claude.com/v1/oauth/token"
 OLD_TOKEN_URL = "https://console.anthropic.com/v1/oauth/token"  # asked when TOKEN_URL is a 404
-OAUTH_BETA = "oauth-2025-04-20"
-FEDERATION_BETA = "oidc-federation-2026-04-01"
 
 
 class Bundle(NamedTuple):
@@ -3639,10 +3715,11 @@ def run_program(command: Sequence[str], seconds: float = RUN_SECONDS) -> Tuple[i
     ) as process:
         try:
             output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"no answer within {seconds:g} seconds") from None
-        finally:
+        except BaseException as error:
             _kill_group(process.pid)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise TimeoutError(f"no answer within {seconds:g} seconds") from None
+            raise
     return process.returncode, output.decode("utf-8", "replace")
 
 
@@ -3674,7 +3751,16 @@ class OAuthClient(NamedTuple):
     urls: Tuple[str, ...] = (TOKEN_URL, OLD_TOKEN_URL)  # the next is asked when one is a 404
     id: str = OAUTH_CLIENT_ID
     scope: str = OAUTH_SCOPE
-    headers: HeaderList = []
+    headers: HeaderList = []  # for the token endpoint
+    beside: HeaderList = []  # for upstream, beside the token
+    repair: str = "run `claude_shim login`"  # what to do when the login is void
+
+
+# An answer that says less is renewed after an hour, as Anthropic's SDK does it; none more often
+# than each minute, whatever the answer says.
+DEFAULT_LIFETIME = 3600.0
+MIN_LIFETIME = 120.0
+MAX_LIFETIME = 10 * 365 * 86400.0
 
 
 def granted(outside: Outside, client: OAuthClient, fields: Dict[str, str]) -> Bundle:
@@ -3683,7 +3769,486 @@ def granted(outside: Outside, client: OAuthClient, fields: Dict[str, str]) -> Bu
     CredentialError when the grant is void for good, CredentialUnavailableError when it may work
     later.
     """
-    raise NotImplementedError
+    for url in client.urls:
+        host = urllib.parse.urlsplit(url).netloc
+        try:
+            answer = outside.post(TokenRequest(url, fields, client.headers))
+        except ShimError as error:
+            message = f"the token endpoint {host} gave no answer: {error.message}"
+            raise CredentialUnavailableError(message) from None
+        if answer.status != 404:
+            break
+    body = _object_or_empty(answer.body)
+    token = body.get("access_token")
+    if answer.status != 200 or not isinstance(token, str) or not token:
+        raise _refusal(answer, body, host, client.repair)
+    lifetime = body.get("expires_in")
+    if isinstance(lifetime, bool) or not isinstance(lifetime, (int, float)):
+        lifetime = DEFAULT_LIFETIME
+    refresh = body.get("refresh_token")
+    bundle = Bundle(
+        token,
+        refresh if isinstance(refresh, str) else "",
+        outside.clock() + min(max(float(lifetime), MIN_LIFETIME), MAX_LIFETIME),
+    )
+    hide_bundle(outside, bundle)
+    return bundle
+
+
+def _object_or_empty(body: bytes) -> JSON:
+    try:
+        value = loads(body)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {}
+
+
+def _refusal(answer: TokenAnswer, body: JSON, host: str, repair: str) -> ShimError:
+    """What an answer without tokens means; its own words may hold secrets and are not repeated."""
+    error = body.get("error")
+    code = error.get("type") if isinstance(error, dict) else error
+    if code == "invalid_grant":
+        return CredentialError(f"{host} says that the login is no longer valid: {repair}")
+    fields = dict(answer.headers)
+    if 300 <= answer.status < 400:
+        to = urllib.parse.urlsplit(fields.get("location", "")).hostname or "elsewhere"
+        said = f"redirects to {to}, which is not followed: check --token-url"
+    elif answer.status == 200:
+        said = "answered with what is no token: check --token-url, or log in to your network first"
+    else:
+        named = isinstance(code, str) and re.fullmatch("[a-z_]{1,40}", code)
+        said = f"answered with status {answer.status}" + (f" ({code})" if named else "")
+    wait = fields.get("retry-after", "")
+    seconds = float(wait) if re.fullmatch("[0-9]{1,6}", wait) else 5.0
+    return CredentialUnavailableError(f"the token endpoint {host} {said}", seconds)
+
+
+def hide_bundle(outside: Outside, bundle: Bundle) -> None:
+    """Have the log mask the tokens of a login."""
+    for secret in filter(None, (bundle.access_token, bundle.refresh_token)):
+        outside.hide(secret)
+
+
+# --- tokens that are renewed
+
+
+class TokenSource:
+    """Where the tokens of a credential come from, and newer ones after them."""
+
+    kind = ""
+    place = ""  # for people
+    margin = 60.0  # seconds before the end at which a token is renewed
+    expired_at_once = Bundle("", "", 0.0)  # of a source that has none until it is asked
+
+    def current(self) -> Bundle:
+        """Return the token at hand; ConfigError when there should be one."""
+        return self.expired_at_once
+
+    def renewed(self, old: Bundle) -> Bundle:
+        """Return a token after `old`.
+
+        CredentialError when there will be none, CredentialUnavailableError when not now.
+        """
+        raise NotImplementedError
+
+    def headers(self, token: str) -> HeaderList:
+        """Return the header fields that show a token."""
+        return [("authorization", f"Bearer {token}"), ("anthropic-beta", OAUTH_BETA)]
+
+    def settle(self) -> None:
+        """Save what could not be saved before."""
+
+
+class Renewed(Credential):
+    """A token that is renewed shortly before its end, and when upstream refuses it.
+
+    One thread renews it; meanwhile the others use the old one while it is good, or wait. After
+    `start` that thread is one of its own.
+    """
+
+    TICK = 30.0  # seconds; the clock may jump, as when a laptop wakes up
+    MAX_BACKOFF = 300.0
+    MIN_INTERVAL = (
+        30.0  # between renewals that upstream's 401 asks for: the fault may lie elsewhere
+    )
+
+    def __init__(self, source: TokenSource, outside: Outside) -> None:
+        self._source = source
+        self._outside = outside
+        self._bundle = source.current()
+        self._renewal = threading.Lock()
+        self._renewed_at = -math.inf
+        self._failures = 0
+        self._retry_at = 0.0
+        self._reason = ""
+        self._told = ""
+        self._stopping = threading.Event()
+        self._thread: Optional[threading.Thread] = None
+
+    def authorization(
+        self, client: Dict[str, str], rejected: Optional[HeaderList] = None
+    ) -> HeaderList:
+        return self._source.headers(self._usable(rejected).access_token)
+
+    def describe(self) -> Description:
+        return Description(self._source.kind, self._source.place, self._bundle.expires_at)
+
+    def _good(self, bundle: Bundle, margin: float = 0.0) -> bool:
+        return bundle.expires_at is None or self._outside.clock() < bundle.expires_at - margin
+
+    def _refused(self, bundle: Bundle, rejected: Optional[HeaderList]) -> bool:
+        return rejected is not None and rejected == self._source.headers(bundle.access_token)
+
+    def _usable(self, rejected: Optional[HeaderList]) -> Bundle:
+        bundle = self._bundle
+        refused = self._refused(bundle, rejected)
+        if not refused and self._good(bundle, self._source.margin):
+            return bundle
+        serves = not refused and self._good(bundle)
+        if not self._renewal.acquire(blocking=not serves):
+            return bundle  # somebody renews it already, and it is good until then
+        try:
+            return self._after_others(rejected)
+        except ShimError:
+            if serves:
+                return bundle
+            raise
+        finally:
+            self._renewal.release()
+
+    def _after_others(self, rejected: Optional[HeaderList]) -> Bundle:
+        """The token after all that other threads did meanwhile, renewed if it still has to be."""
+        refused = self._refused(self._bundle, rejected)
+        since = self._outside.clock() - self._renewed_at
+        if refused and 0 <= since < self.MIN_INTERVAL:
+            return self._bundle
+        if refused or not self._good(self._bundle, self._source.margin):
+            self._renew()
+        return self._bundle
+
+    def _renew(self) -> None:
+        now = self._outside.clock()
+        if 0 < self._retry_at - now <= self.MAX_BACKOFF:  # a longer wait: the clock was set back
+            raise CredentialUnavailableError(self._reason, self._retry_at - now)
+        try:
+            self._bundle = self._source.renewed(self._bundle)
+        except CredentialUnavailableError as error:
+            wait = min(max(error.seconds, 5.0 * 2**self._failures), self.MAX_BACKOFF)
+            self._failures = min(self._failures + 1, 10)
+            self._retry_at, self._reason = self._outside.clock() + wait, error.message
+            self._outside.tell(f"warning: {error.message}; next try in {wait:.0f} s")
+            raise
+        self._renewed_at, self._failures = self._outside.clock(), 0
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._keep_fresh, daemon=True)
+        self._thread.start()
+
+    def _keep_fresh(self) -> None:
+        while not self._stopping.wait(self._pause()):
+            self._tend()
+
+    def _tend(self) -> None:
+        try:
+            self._usable(None)
+        except CredentialUnavailableError:
+            pass  # told already, with the time of the next try
+        except ShimError as error:
+            if error.message != self._told:
+                self._outside.tell(f"error: {error.message}")
+            self._told = error.message
+        with self._renewal:
+            self._source.settle()
+
+    def _pause(self) -> float:
+        end = self._bundle.expires_at
+        left = self.TICK if end is None else end - self._source.margin - self._outside.clock()
+        return left if 0 < left < self.TICK else self.TICK
+
+    def close(self) -> None:
+        self._stopping.set()
+        if self._thread:
+            self._thread.join()
+        with self._renewal:  # a request may be renewing it: the new token must not be lost
+            self._source.settle()
+
+
+# --- files of logins
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the lock of an open file could be taken; it ends with the file, or the process."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
+
+
+LOCK_SECONDS = 40.0  # more than a renewal takes
+
+
+def lock_file(path: str, seconds: float = LOCK_SECONDS) -> Optional[int]:
+    """Return a descriptor that holds the lock of `path` until it is closed.
+
+    None where files cannot be locked, as in a read-only folder; CredentialUnavailableError if
+    another process does not let go of it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    descriptor: Optional[int] = None
+    deadline = time.monotonic() + seconds
+    try:
+        descriptor = os.open(path, flags, 0o600)
+        while not _lock(descriptor):
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise CredentialUnavailableError(f"another process does not let go of {path}")
+            time.sleep(0.02)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def bundle_text(bundle: Bundle, document: JSON) -> str:
+    """Return the text of a login file: `document` with new tokens, its expiry in the same form."""
+    old, new = document.get("expires_at"), bundle.expires_at
+    expiry: Union[int, str, None] = None
+    if new is not None and isinstance(old, (int, float)):
+        expiry = int(new * 1000) if old > 1e11 else int(new)
+    elif new is not None:
+        moment = datetime.fromtimestamp(int(new), timezone.utc)
+        expiry = moment.isoformat().replace("+00:00", "Z")
+    tokens = {"access_token": bundle.access_token, "refresh_token": bundle.refresh_token}
+    return json.dumps({**document, **tokens, "expires_at": expiry}, indent=2) + "\n"
+
+
+class BundleFile(TokenSource):
+    """A login in a file, shared with other processes.
+
+    A refresh token works once: whoever presents it a second time ends the login for all. So it is
+    used under a lock that all processes respect, after reading the file again, and the new one is
+    on the disk before anybody uses it. What cannot be saved is kept, and with it the lock.
+    """
+
+    def __init__(
+        self, path: str, client: OAuthClient, outside: Outside, kind: str = "oauth-bundle"
+    ) -> None:
+        self.kind = kind
+        self.place = path
+        self._client = client
+        self._outside = outside
+        self._document: JSON = {}
+        self._void = ""  # the refresh token that was refused
+        self._unsaved: Optional[Bundle] = None
+        self._lock: Optional[int] = None
+        folder = os.path.dirname(_own_target(path))
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK):
+            outside.tell(
+                f"warning: {folder} is read-only: when the login of {path} is renewed, that is "
+                "lost when this process ends, and its other users are logged out"
+            )
+
+    def headers(self, token: str) -> HeaderList:
+        return [*super().headers(token), *self._client.beside]
+
+    def current(self) -> Bundle:
+        text = read_secret_file(self.place)
+        bundle = parsed_bundle(text, self.place)
+        self._document = loads_text(text)
+        hide_bundle(self._outside, bundle)
+        return bundle
+
+    def renewed(self, old: Bundle) -> Bundle:
+        if self._lock is None:
+            self._lock = lock_file(_own_target(self.place) + ".lock")
+        try:
+            return self._renewed_alone(old)
+        finally:
+            self._unlock()
+
+    def _renewed_alone(self, old: Bundle) -> Bundle:
+        try:
+            held = self._unsaved or self.current()
+        except ConfigError as error:
+            raise CredentialError(f"{error}; {self._client.repair}") from None
+        fresh = held.expires_at is None or held.expires_at - self.margin > self._outside.clock()
+        if held.access_token != old.access_token and fresh:
+            return held  # another process was faster
+        if not held.refresh_token:
+            raise CredentialError(f"{self.place} cannot be renewed: {self._client.repair}")
+        if held.refresh_token == self._void:
+            raise CredentialError(f"the login of {self.place} is void: {self._client.repair}")
+        bundle = self._refreshed(held)
+        self._save(bundle)
+        return bundle
+
+    def _refreshed(self, held: Bundle) -> Bundle:
+        fields = {
+            "grant_type": "refresh_token",
+            "refresh_token": held.refresh_token,
+            "client_id": self._client.id,
+        }
+        try:
+            bundle = granted(self._outside, self._client, fields)
+        except CredentialError:
+            self._void = held.refresh_token
+            raise
+        return bundle._replace(refresh_token=bundle.refresh_token or held.refresh_token)
+
+    def _save(self, bundle: Bundle) -> None:
+        self._unsaved = bundle
+        try:
+            write_secret_file(self.place, bundle_text(bundle, self._document))
+        except (OSError, ConfigError) as error:
+            reason = getattr(error, "strerror", None) or error
+            self._outside.tell(
+                f"error: the renewed login cannot be written to {self.place}: {reason}; "
+                "it lives in this process only, and is lost when that ends: mend it soon"
+            )
+            return
+        self._unsaved = None
+
+    def settle(self) -> None:
+        if self._unsaved:
+            self._save(self._unsaved)
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None and self._unsaved is None:
+            os.close(self._lock)
+            self._lock = None
+
+
+# --- other sources of tokens
+
+
+class Federation(TokenSource):
+    """Workload identity: a token of the platform that the process runs on, exchanged for one."""
+
+    def __init__(
+        self, client: OAuthClient, fields: Dict[str, str], identity: Callable[[], str], out: Outside
+    ) -> None:
+        self.kind = "federation"
+        self.place = fields.get("federation_rule_id", "")
+        self._client = client._replace(
+            headers=[("anthropic-beta", f"{OAUTH_BETA},{FEDERATION_BETA}")]
+        )
+        self._fields = fields
+        self._identity = identity
+        self._outside = out
+
+    def renewed(self, old: Bundle) -> Bundle:
+        try:
+            assertion = checked_secret(self._identity(), "the identity token")
+            self._outside.hide(assertion)
+            fields = {
+                "grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer",
+                "assertion": assertion,
+                **self._fields,
+            }
+            return granted(self._outside, self._client, fields)._replace(refresh_token="")
+        except (ConfigError, CredentialError) as error:  # the platform may give a better one later
+            raise CredentialUnavailableError(str(error), 30.0) from None
+
+
+class Helper(TokenSource):
+    """A command that prints a key, which is good for a while."""
+
+    kind = "helper"
+    margin = 0.0
+
+    def __init__(self, command: str, seconds: float, outside: Outside) -> None:
+        self.place = "--key-helper"
+        shell = ["cmd", "/c"] if os.name == "nt" else ["/bin/sh", "-c"]
+        self._command = [*shell, command]
+        self._seconds = seconds
+        self._outside = outside
+
+    def headers(self, token: str) -> HeaderList:
+        return key_headers(token, bearer=not token.startswith("sk-ant-api"))
+
+    def renewed(self, old: Bundle) -> Bundle:
+        try:
+            code, output = self._outside.run(self._command)
+            if code:
+                raise ConfigError(f"it ended with code {code}")
+            key = checked_secret(output, "it")
+        except (ConfigError, OSError) as error:
+            raise CredentialUnavailableError(f"--key-helper gave no key: {error}") from None
+        self._outside.hide(key)
+        return Bundle(key, "", self._outside.clock() + self._seconds)
+
+
+KEYCHAIN_SERVICE = "Claude Code-credentials"
+
+
+class ClaudeCode(TokenSource):
+    """Claude Code's own login: read, and read again, but renewed by nobody but Claude Code."""
+
+    kind = "claude-code"
+
+    def __init__(self, path: str, service: str, outside: Outside) -> None:
+        self.place = path
+        self._service = service  # of the keychain of macOS; empty: there is none
+        self._outside = outside
+
+    def current(self) -> Bundle:
+        text = self._keychain() if self._service else ""
+        bundle = parsed_claude_code(text or read_secret_file(self.place), self.place)
+        hide_bundle(self._outside, bundle)
+        return bundle
+
+    def renewed(self, old: Bundle) -> Bundle:
+        try:
+            bundle = self.current()
+        except ConfigError as error:
+            raise CredentialError(str(error)) from None
+        if bundle.access_token == old.access_token:
+            raise CredentialError(
+                "the login of Claude Code has ended: run `claude`, which renews it"
+            )
+        return bundle
+
+    def _keychain(self) -> str:
+        """The login in the keychain, or an empty string; ConfigError if it is locked."""
+        command = ["/usr/bin/security", "find-generic-password", "-s", self._service, "-w"]
+        try:
+            code, text = self._outside.run(command)
+        except OSError as error:
+            raise ConfigError(f"the keychain did not answer: {error}") from None
+        if code == 36:  # errSecInteractionNotAllowed, as over SSH
+            raise ConfigError("the keychain is locked: run `security unlock-keychain` first")
+        return text.strip() if code == 0 else ""
+
+
+def keychain_service(config_folder: str) -> str:
+    """Return the name of Claude Code's entry in the keychain; another for CLAUDE_CONFIG_DIR."""
+    if not config_folder:
+        return KEYCHAIN_SERVICE
+    folder = unicodedata.normalize("NFC", config_folder)
+    return f"{KEYCHAIN_SERVICE}-{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
+
+
+def parsed_claude_code(text: str, source: str) -> Bundle:
+    """Return Claude Code's login, in JSON or JSON in hexadecimal; ConfigError if it is none."""
+    with contextlib.suppress(ValueError):
+        text = bytes.fromhex(text.strip()).decode("utf-8")
+    login = _object_or_empty(text.encode("utf-8", "replace")).get("claudeAiOauth")
+    token = login.get("accessToken") if isinstance(login, dict) else None
+    if not isinstance(login, dict) or not isinstance(token, str):
+        raise ConfigError(f"{source} holds no login of Claude Code: run `claude`, then /login")
+    return Bundle(checked_secret(token, source), "", parsed_expiry(login.get("expiresAt"), source))
 
 
 # --- keys of clients
@@ -4951,6 +5516,7 @@ class Policy(NamedTuple):
     strict: bool = False  # a field without effect is a 400
     retries: RetryPolicy = RetryPolicy()
     live_models: bool = True
+    fallback: Optional[Credential] = None  # who pays when the first does not
 
 
 class Form(NamedTuple):
@@ -5066,6 +5632,7 @@ _RELAYED_TO_UPSTREAM = re.compile(
 )
 _RELAYED_TO_CLIENT = re.compile(
     r"anthropic-.*|request-id|retry-after|retry-after-ms|x-should-retry|content-type|content-disposition"
+    r"|x-claude-shim-billing"
 )
 _RATE_LIMITS = re.compile(r"anthropic-ratelimit-(requests|tokens)-(limit|remaining|reset)")
 
@@ -5250,6 +5817,7 @@ class App:
         ignored = ",".join(dict.fromkeys(plain(name) for name in (*draft.ignored, *asked.changed)))
         ignored = ignored if len(ignored) <= 2000 else f"{ignored[:2000]}..."  # a header is short
         told = [("x-claude-shim-ignored", ignored)] if ignored else []
+        told += [(name, value) for name, value in asked.headers if name == BILLING_HEADER]
         return [*openai_headers(asked.headers, time.time()), *ids, *told]
 
     def _ask_all(self, request: Request, drafts: List[ChatDraft]) -> List[Asked]:
@@ -5312,11 +5880,14 @@ class App:
             ("content-type", "application/json"),
             ("accept", "text/event-stream"),
             ("user-agent", f"claude-shim/{__version__}"),
-            *self._credential_headers(request.headers),
             *([("anthropic-beta", ",".join(dict.fromkeys(betas)))] if betas else []),
         ]
         call = UpstreamRequest("POST", "/v1/messages", headers, dumps(body), request.watch)
-        response = send_with_retries(self.upstream, call, self.policy.retries)
+
+        def send(authorized: UpstreamRequest) -> UpstreamResponse:
+            return send_with_retries(self.upstream, authorized, self.policy.retries)
+
+        response = self._sent(call, request.headers, send)
         if response.status != 200:
             body_bytes = read_error_body(response)
             raise upstream_error(response.status, parsed_or_none(body_bytes), response.headers)
@@ -5369,9 +5940,8 @@ class App:
         passed = [(k, v) for k, v in request.headers.items() if _RELAYED_TO_UPSTREAM.fullmatch(k)]
         if "anthropic-version" not in request.headers:
             passed.append(("anthropic-version", "2023-06-01"))
-        headers = [*passed, *self._credential_headers(request.headers)]
-        call = UpstreamRequest(request.method, path, headers, request.body, request.watch)
-        response = self.upstream.send(call)
+        call = UpstreamRequest(request.method, path, passed, request.body, request.watch)
+        response = self._sent(call, request.headers, self.upstream.send)
         kept = [(k, v) for k, v in response.headers if _RELAYED_TO_CLIENT.fullmatch(k)]
         ids = [("x-request-id", value) for name, value in kept if name == "request-id"]
         head = Response(response.status, [*kept, *ids])
@@ -5380,8 +5950,27 @@ class App:
         transform = RelayTransform() if response.is_event_stream() else Transform()
         return head._replace(body=Stream(response.source, transform))
 
-    def _credential_headers(self, client: Dict[str, str]) -> HeaderList:
-        return self.credential.authorization(self.policy.client_keys.stripped(client))
+    # --- who pays
+
+    def _sent(
+        self,
+        call: UpstreamRequest,
+        client: Dict[str, str],
+        send: Callable[[UpstreamRequest], UpstreamResponse],
+    ) -> UpstreamResponse:
+        """Return upstream's answer to a request, paid by the fallback if there has to be one."""
+        shown = self.policy.client_keys.stripped(client)
+        fallback = self.policy.fallback
+        if fallback is None:
+            return _authorized(self.credential, call, shown, send)
+        with contextlib.suppress(CredentialError, CredentialUnavailableError):
+            response = _authorized(self.credential, call, shown, send)
+            if response.status not in PAYER_REFUSED:
+                return response
+            read_error_body(response)
+        response = _authorized(fallback, call, shown, send)
+        billing = (BILLING_HEADER, fallback.describe().kind)
+        return response._replace(headers=[*response.headers, billing])
 
     # --- models and health
 
@@ -5413,9 +6002,9 @@ class App:
         headers = [
             ("anthropic-version", "2023-06-01"),
             ("user-agent", f"claude-shim/{__version__}"),
-            *self._credential_headers(client),
         ]
-        return self.upstream.send(UpstreamRequest("GET", path, headers, b"", patience=GET_SECONDS))
+        call = UpstreamRequest("GET", path, headers, b"", patience=GET_SECONDS)
+        return self._sent(call, client, self.upstream.send)
 
     def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -5469,6 +6058,29 @@ def asks_deep(target: str) -> bool:
     """Return whether a health check is to ask upstream, too."""
     _, question, query = target.partition("?")
     return bool(question) and "1" in urllib.parse.parse_qs(query).get("deep", [])
+
+
+# What upstream answers when the payer is refused or has nothing left.
+PAYER_REFUSED = frozenset({401, 402, 403, 429})
+BILLING_HEADER = "x-claude-shim-billing"
+
+
+def _authorized(
+    credential: Credential,
+    call: UpstreamRequest,
+    client: Dict[str, str],
+    send: Callable[[UpstreamRequest], UpstreamResponse],
+) -> UpstreamResponse:
+    """The answer to a request; after a 401 to a second try, if the credential can be renewed."""
+    shown = credential.authorization(client)
+    response = send(call._replace(headers=with_authorization(call.headers, shown)))
+    if response.status != 401:
+        return response
+    newer = credential.authorization(client, rejected=shown)
+    if newer == shown:
+        return response
+    read_error_body(response)
+    return send(call._replace(headers=with_authorization(call.headers, newer)))
 
 
 class GatheringSink(MessageAssembler):
@@ -6163,7 +6775,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # ----------------------------------------------------------------------
-# 14. Command line                           uses: 0 1 3 8 9 10 11 12 13
+# 14. Command line                         uses: 0 1 2 3 8 9 10 11 12 13
 # ----------------------------------------------------------------------
 # OPTIONS is the only list of settings: the parser, the environment, the configuration file and the
 # README's table come from it. Precedence: command line, environment, file, default.
@@ -6560,19 +7172,265 @@ NO_CREDENTIAL = """claude_shim needs a credential for Claude. Give it one of:
 Or try it without any: python claude_shim.py --upstream echo"""
 
 
-def credential_from(settings: Settings, environment: Dict[str, str]) -> Credential:
+class Search(NamedTuple):
+    """Where credentials are looked for."""
+
+    settings: Settings
+    environment: Dict[str, str]
+    outside: Outside
+
+    def variable(self, name: str) -> str:
+        """Return a variable of the environment; one of white space is none."""
+        return self.environment.get(name, "").strip()
+
+    def exists(self, path: str) -> bool:
+        """Return whether there is a file, though it may be of no use."""
+        return os.path.lexists(os.path.expanduser(path))
+
+
+class Found(NamedTuple):
+    """A credential that is there; only `load` reads it."""
+
+    kind: str
+    source: str
+    load: Callable[[], Credential]
+    given: bool = False  # to claude_shim itself, by an option
+
+
+def _found_bundle(search: Search) -> Optional[Found]:
+    settings, outside = search.settings, search.outside
+    path = bundle_path(settings, search.environment)
+    if not settings.bundle and not search.exists(path):
+        return None
+
+    def load() -> Credential:
+        return Renewed(BundleFile(path, oauth_client(settings), outside), outside)
+
+    return Found("oauth-bundle", path, load, bool(settings.bundle))
+
+
+def _found_setup_token(search: Search) -> Optional[Found]:
+    path, odd = search.settings.setup_token_file, search.settings.allow_odd_token
+    name = path or "CLAUDE_CODE_OAUTH_TOKEN"
+    if not path and not search.variable(name):
+        return None
+
+    def load() -> Credential:
+        text = read_secret_file(path) if path else search.variable(name)
+        return AuthToken(checked_setup_token(text, name, odd), name, "setup-token")
+
+    return Found("setup-token", name, load, bool(path))
+
+
+def _found_api_key(search: Search) -> Optional[Found]:
+    path = search.settings.api_key_file
+    name = path or "ANTHROPIC_API_KEY"
+    if not path and not search.variable(name):
+        return None
+
+    def load() -> Credential:
+        return APIKey(
+            checked_api_key(read_text(path) if path else search.variable(name), name), name
+        )
+
+    return Found("api-key", name, load, bool(path))
+
+
+def _found_auth_token(search: Search) -> Optional[Found]:
+    name = "ANTHROPIC_AUTH_TOKEN"
+    token = search.variable(name)
+    return (
+        Found("auth-token", name, lambda: AuthToken(checked_secret(token, name), name))
+        if token
+        else None
+    )
+
+
+def _found_helper(search: Search) -> Optional[Found]:
+    command, seconds = search.settings.key_helper, search.settings.key_helper_ttl
+    if not command:
+        return None
+
+    def load() -> Credential:
+        return Renewed(Helper(command, seconds, search.outside), search.outside)
+
+    return Found("helper", "--key-helper", load, True)
+
+
+def _found_profile(search: Search) -> Optional[Found]:
+    folder = profile_folder(search.environment)
+    name = search.variable("ANTHROPIC_PROFILE")
+    with contextlib.suppress(ConfigError):
+        name = name or read_text(os.path.join(folder, "active_config")).strip()
+    name = name or "default"
+    path = os.path.join(folder, "configs", f"{name}.json")
+    if not search.variable("ANTHROPIC_PROFILE") and not search.exists(path):
+        return None
+    return Found("profile", path, lambda: profile_credential(search, folder, name))
+
+
+def _found_federation(search: Search) -> Optional[Found]:
+    rule = search.variable("ANTHROPIC_FEDERATION_RULE_ID")
+    if not rule:
+        return None
+    names = ("federation_rule_id", "organization_id", "service_account_id", "workspace_id", "scope")
+    fields = {name: search.variable(f"ANTHROPIC_{name.upper()}") for name in names}
+
+    def identity() -> str:
+        path = search.variable("ANTHROPIC_IDENTITY_TOKEN_FILE")
+        return read_text(path) if path else search.variable("ANTHROPIC_IDENTITY_TOKEN")
+
+    def load() -> Credential:
+        return federated(search, search.settings.base_url, fields, identity)
+
+    return Found("federation", "ANTHROPIC_FEDERATION_RULE_ID", load)
+
+
+def federated(
+    search: Search, base_url: str, fields: Dict[str, str], identity: Callable[[], str]
+) -> Credential:
+    """Return workload identity; ConfigError when a part of it is missing."""
+    for name in ("federation_rule_id", "organization_id"):
+        if not fields.get(name):
+            raise ConfigError(f"workload identity needs {name} (ANTHROPIC_{name.upper()})")
+    checked_secret(identity(), "the identity token")
+    client = OAuthClient(_token_urls(f"{base_url}/v1/oauth/token"))
+    given = {name: value for name, value in fields.items() if value}
+    return Renewed(Federation(client, given, identity, search.outside), search.outside)
+
+
+def profile_folder(environment: Dict[str, str]) -> str:
+    """Return where the profiles of Anthropic's SDK and `ant` are."""
+    if environment.get("ANTHROPIC_CONFIG_DIR"):
+        return environment["ANTHROPIC_CONFIG_DIR"]
+    if os.name == "nt":
+        return os.path.join(environment.get("APPDATA", ""), "Anthropic")
+    return os.path.join(environment.get("HOME") or "/nonexistent", ".config", "anthropic")
+
+
+def profile_credential(search: Search, folder: str, name: str) -> Credential:
+    """Return the credential of a profile; ConfigError names what is wrong with it."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"{plain(name)} is no name of a profile")
+    path = os.path.join(folder, "configs", f"{name}.json")
+    try:
+        profile = loads_object(read_text(path).encode())
+        details = as_object(profile.get("authentication"), "authentication")
+        base_url = _url(str(profile.get("base_url") or search.settings.base_url))
+        urls = _token_urls(f"{base_url}/v1/oauth/token")
+    except (ShimError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if details.get("type") == "user_oauth":
+        named = details.get("credentials_path") or os.path.join("credentials", f"{name}.json")
+        tokens = os.path.join(folder, os.path.expanduser(str(named)))
+        workspace = str(profile.get("workspace_id") or "")
+        client = OAuthClient(
+            urls,
+            str(details.get("client_id") or OAUTH_CLIENT_ID),
+            headers=[("anthropic-beta", OAUTH_BETA)],
+            beside=[("anthropic-workspace-id", workspace)] if workspace else [],
+            repair="run `ant auth login`",
+        )
+        return Renewed(BundleFile(tokens, client, search.outside, "profile"), search.outside)
+    return _federated_profile(search, base_url, {**profile, **details})
+
+
+def _federated_profile(search: Search, base_url: str, profile: JSON) -> Credential:
+    token = profile.get("identity_token")
+    if profile.get("type") != "oidc_federation" or not isinstance(token, dict):
+        raise ConfigError("the profile is neither user_oauth nor oidc_federation")
+    if token.get("source") != "file" or not isinstance(token.get("path"), str):
+        raise ConfigError("the profile takes its identity token from no file")
+    names = ("federation_rule_id", "organization_id", "service_account_id", "workspace_id", "scope")
+    fields = {name: str(profile.get(name) or "") for name in names}
+    return federated(search, base_url, fields, lambda: read_text(token["path"]))
+
+
+def _found_claude_code(search: Search) -> Optional[Found]:
+    config = search.variable("CLAUDE_SECURESTORAGE_CONFIG_DIR") or search.variable(
+        "CLAUDE_CONFIG_DIR"
+    )
+    home = search.environment.get("HOME") or search.environment.get("USERPROFILE") or "/nonexistent"
+    path = os.path.join(config or os.path.join(home, ".claude"), ".credentials.json")
+    service = keychain_service(config) if sys.platform == "darwin" else ""
+    if not search.exists(path) and not (service and _in_keychain(service, search.outside)):
+        return None
+
+    def load() -> Credential:
+        return Renewed(ClaudeCode(path, service, search.outside), search.outside)
+
+    return Found("claude-code", path, load)
+
+
+def _in_keychain(service: str, outside: Outside) -> bool:
+    """Whether there is an entry; without -w nobody is asked for leave to read it."""
+    with contextlib.suppress(OSError):
+        return outside.run(["/usr/bin/security", "find-generic-password", "-s", service])[0] == 0
+    return False
+
+
+FINDERS: Dict[str, Callable[[Search], Optional[Found]]] = {
+    "oauth-bundle": _found_bundle,
+    "setup-token": _found_setup_token,
+    "api-key": _found_api_key,
+    "auth-token": _found_auth_token,
+    "helper": _found_helper,
+    "profile": _found_profile,
+    "federation": _found_federation,
+    "claude-code": _found_claude_code,
+}
+
+
+def found_credentials(search: Search) -> List[Found]:
+    """Return what is there, best first: what an option of ours names, then in D7's order."""
+    found = [each for each in (find(search) for find in FINDERS.values()) if each]
+    return sorted(found, key=lambda each: not each.given)
+
+
+def pinned_credential(search: Search, mode: str) -> Credential:
+    """Return the credential of one kind; ConfigError when there is none."""
+    if mode == "passthrough":
+        return Passthrough()
+    found = FINDERS[mode](search)
+    if found is None:
+        raise ConfigError(f"there is no {KINDS[mode].name} to use; give it by {KINDS[mode].given}")
+    return found.load()
+
+
+def credential_from(
+    settings: Settings, environment: Dict[str, str], outside: Outside
+) -> Credential:
     """Return what pays upstream; ConfigError when there is nothing."""
     if settings.upstream == "echo":
         return NoCredential()
-    if settings.auth == "passthrough":
-        return Passthrough()
-    if settings.api_key_file:
-        text, source = read_text(settings.api_key_file), settings.api_key_file
-        return APIKey(checked_secret(text, source), source)
-    key = environment.get("ANTHROPIC_API_KEY", "")
-    if not key.strip():
+    search = Search(settings, environment, outside)
+    if settings.auth != "auto":
+        return pinned_credential(search, settings.auth)
+    found = found_credentials(search)
+    if not found:
         raise ConfigError(NO_CREDENTIAL)
-    return APIKey(checked_secret(key, "ANTHROPIC_API_KEY"), "ANTHROPIC_API_KEY")
+    for other in found[1:]:
+        outside.tell(f"note: also found, not used: {Description(other.kind, other.source)}")
+    return found[0].load()
+
+
+def fallback_from(
+    settings: Settings, environment: Dict[str, str], outside: Outside, first: Credential
+) -> Optional[Credential]:
+    """Return who pays when the first credential does not; ConfigError if that is the same."""
+    if not settings.fallback_auth or settings.upstream == "echo":
+        return None
+    if first.describe().kind == settings.fallback_auth:
+        raise ConfigError(f"--fallback-auth: {settings.fallback_auth} is used anyway")
+    return pinned_credential(Search(settings, environment, outside), settings.fallback_auth)
+
+
+CLAUDE_AI_NOTICE = (
+    "notice: this token is of a claude.ai subscription, which Anthropic's terms reserve for its "
+    "own apps: requests may be refused, or billed as extra usage. Other programs are meant to use "
+    "an API key or a profile of `ant auth login`; the supported way to use a subscription is the "
+    "`claude` program"
+)
 
 
 def client_keys_from(settings: Settings, environment: Dict[str, str]) -> ClientKeys:
@@ -6686,7 +7544,16 @@ def oauth_client(settings: Settings) -> OAuthClient:
 def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO) -> Server:
     """Return the server, bound but not serving yet; ConfigError when a setting is wrong."""
     keys = client_keys_from(settings, environment)
-    credential = credential_from(settings, environment)
+    added = [value for _, value in settings.upstream_header if len(value) >= 8]  # none is a word
+    log = Log(log_to, [*keys.secrets(), *added], settings.quiet)
+    world = outside(settings, log)
+    credential = credential_from(settings, environment, world)
+    fallback = fallback_from(settings, environment, world, credential)
+    for payer in filter(None, (credential, fallback)):
+        for secret in payer.secrets():
+            log.hide(secret)
+        if KINDS[payer.describe().kind].claude_ai:
+            log.once(CLAUDE_AI_NOTICE)
     lines = {line: getattr(settings, line) for line in LINES if getattr(settings, line)}
     policy = Policy(
         keys,
@@ -6695,9 +7562,8 @@ def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO)
         settings.strict,
         RetryPolicy(settings.retries),
         settings.upstream != "echo",
+        fallback,
     )
-    added = [value for _, value in settings.upstream_header if len(value) >= 8]  # none is a word
-    log = Log(log_to, [*credential.secrets(), *keys.secrets(), *added], settings.quiet)
     app = App(upstream_from(settings), credential, policy, log)
     limits = ServerLimits(max_body=settings.max_body)
     try:
@@ -6740,6 +7606,14 @@ def shown_settings(settings: Settings) -> str:
     return "\n".join(f"{name.replace('_', '-')} = {value}" for name, value in shown.items())
 
 
+def no_core_dumps() -> None:
+    """See to it that a crash writes no secrets to a file."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
@@ -6759,11 +7633,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command; the exit code is 0, or 2 after a wrong setting, told in a sentence."""
     arguments = argument_parser().parse_args(argv)
     environment = dict(os.environ)
+    no_core_dumps()
     try:
         file = config_values(arguments.config, environment)
         settings = settings_from(arguments, environment, file)
         if arguments.check_config:
-            credential = credential_from(settings, environment)
+            credential = credential_from(settings, environment, outside(settings, Log()))
             client_keys_from(settings, environment)
             upstream_from(settings).close()
             print(f"{shown_settings(settings)}\ncredential = {credential.describe()}")

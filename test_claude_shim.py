@@ -908,6 +908,11 @@ def expected_readme_rows() -> Dict[str, List[List[str]]]:
         "chat-mapped": chat_rows(shim.CHAT_REQUEST),
         "chat-ignored": chat_rows(shim.CHAT_IGNORED),
         "chat-rejected": chat_rows(shim.CHAT_REJECTED),
+        "credentials": [
+            [mode, kind.name, kind.given, kind.payer]
+            for mode, kind in shim.KINDS.items()
+            if mode in shim.AUTH_MODES
+        ],
         "options": [
             [f"--{option.flag} {option.metavar}".strip(), option.default, option.help]
             for option in shim.OPTIONS
@@ -13111,6 +13116,11 @@ def settings_of(
     return shim.settings_from(arguments, env or {}, file or {})
 
 
+def chosen(settings: shim.Settings, env: Dict[str, str]) -> shim.Credential:
+    """The credential that these come to."""
+    return shim.credential_from(settings, env, shim.outside(settings, shim.Log()))
+
+
 def test_options_are_the_fields_of_settings() -> None:
     assert [option.field for option in shim.OPTIONS] == list(shim.Settings._fields)
     assert len({option.variable for option in shim.OPTIONS}) == len(shim.OPTIONS)
@@ -13346,7 +13356,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     gone = str(tmp_path / "gone")
     for read in (
         lambda: shim.config_values(gone, {}),
-        lambda: shim.credential_from(settings_of("--api-key-file", gone), {}),
+        lambda: chosen(settings_of("--api-key-file", gone), {}),
         lambda: shim.client_keys_from(settings_of("--client-key-file", gone), {}),
     ):
         with pytest.raises(shim.ConfigError) as caught:
@@ -13358,7 +13368,7 @@ def test_text_file_with_a_byte_order_mark(tmp_path: Path) -> None:
     """Notepad and PowerShell write one."""
     path = tmp_path / "key"
     path.write_bytes(b"\xef\xbb\xbfsk-ant-1\r\n")
-    credential = shim.credential_from(settings_of("--api-key-file", str(path)), {})
+    credential = chosen(settings_of("--api-key-file", str(path)), {})
     assert credential.authorization({}) == [("x-api-key", "sk-ant-1")]
 
 
@@ -13379,13 +13389,13 @@ def test_credential_is_chosen(tmp_path: Path, argv: List[str], env: Any, expecte
     path = tmp_path / "key"
     path.write_text("sk-ant-file\n")
     settings = settings_of(*[str(path) if word == "KEY" else word for word in argv])
-    assert shim.credential_from(settings, env).authorization({"x-api-key": "c"}) == expected
+    assert chosen(settings, env).authorization({"x-api-key": "c"}) == expected
 
 
 @pytest.mark.parametrize("env", [{}, {"ANTHROPIC_API_KEY": " "}])
 def test_no_credential_tells_three_ways_and_the_echo(env: Dict[str, str]) -> None:
     with pytest.raises(shim.ConfigError) as caught:
-        shim.credential_from(settings_of(), env)
+        chosen(settings_of(), env)
     for way in ("ANTHROPIC_API_KEY=", "--api-key-file", "--auth passthrough", "--upstream echo"):
         assert way in str(caught.value)
 
