@@ -3504,10 +3504,13 @@ def checked_setup_token(text: str, source: str, allow_odd: bool = False) -> str:
     )
 
 
+_HEADER_SAFE = re.compile(r"[\x21-\x7e]+")
+
+
 def checked_secret(text: str, source: str) -> str:
     """Return a key without surrounding white space; ConfigError if it cannot be a header value."""
     key = text.strip()
-    if not re.fullmatch(r"[\x21-\x7e]+", key):
+    if not _HEADER_SAFE.fullmatch(key):
         reason = "is empty" if not key else "holds white space or characters beyond ASCII"
         raise ConfigError(f"the key from {source} {reason}")
     return key
@@ -3617,22 +3620,22 @@ class Bundle(NamedTuple):
 
 def parsed_bundle(text: str, source: str) -> Bundle:
     """Return the login that a JSON file holds; ConfigError names what is wrong with `source`."""
-    try:
-        value = loads_text(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{source} is no JSON object")
+    value = _object_or_empty(text.encode("utf-8"))
     if "claudeAiOauth" in value:
         raise ConfigError(f"{source} is Claude Code's own file: use --auth claude-code instead")
     access, refresh = value.get("access_token"), value.get("refresh_token") or ""
     if not isinstance(access, str) or not isinstance(refresh, str):
-        raise ConfigError(f"{source} needs access_token and refresh_token, both texts")
-    if refresh:
-        refresh = checked_secret(refresh, source)
-    return Bundle(
-        checked_secret(access, source), refresh, parsed_expiry(value.get("expires_at"), source)
-    )
+        raise ConfigError(f"{source} is no JSON object with the texts access_token, refresh_token")
+    expires_at = parsed_expiry(value.get("expires_at"), source)
+    return Bundle(checked_secret(access, source), refresh, expires_at)
+
+
+def _object_or_empty(body: bytes) -> JSON:
+    try:
+        value = loads(body)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {}
 
 
 def parsed_expiry(value: Any, source: str) -> Optional[float]:
@@ -3743,6 +3746,7 @@ class Outside(NamedTuple):
     hide: Callable[[str], None] = _nobody  # a secret that the log must mask from now on
     clock: Callable[[], float] = time.time
     run: Callable[[Sequence[str]], Tuple[int, str]] = run_program
+    save: Callable[[str, str], None] = write_secret_file
 
 
 class OAuthClient(NamedTuple):
@@ -3780,8 +3784,8 @@ def granted(outside: Outside, client: OAuthClient, fields: Dict[str, str]) -> Bu
             break
     body = _object_or_empty(answer.body)
     token = body.get("access_token")
-    if answer.status != 200 or not isinstance(token, str) or not token:
-        raise _refusal(answer, body, host, client.repair)
+    if answer.status != 200 or not isinstance(token, str) or not _HEADER_SAFE.fullmatch(token):
+        raise _why_no_token(answer, body, host, client.repair)
     lifetime = body.get("expires_in")
     if isinstance(lifetime, bool) or not isinstance(lifetime, (int, float)):
         lifetime = DEFAULT_LIFETIME
@@ -3795,15 +3799,7 @@ def granted(outside: Outside, client: OAuthClient, fields: Dict[str, str]) -> Bu
     return bundle
 
 
-def _object_or_empty(body: bytes) -> JSON:
-    try:
-        value = loads(body)
-    except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {}
-
-
-def _refusal(answer: TokenAnswer, body: JSON, host: str, repair: str) -> ShimError:
+def _why_no_token(answer: TokenAnswer, body: JSON, host: str, repair: str) -> ShimError:
     """What an answer without tokens means; its own words may hold secrets and are not repeated."""
     error = body.get("error")
     code = error.get("type") if isinstance(error, dict) else error
@@ -4065,7 +4061,7 @@ class BundleFile(TokenSource):
     def current(self) -> Bundle:
         text = read_secret_file(self.place)
         bundle = parsed_bundle(text, self.place)
-        self._document = loads_text(text)
+        self._document = _object_or_empty(text.encode("utf-8"))
         hide_bundle(self._outside, bundle)
         return bundle
 
@@ -4109,7 +4105,7 @@ class BundleFile(TokenSource):
     def _save(self, bundle: Bundle) -> None:
         self._unsaved = bundle
         try:
-            write_secret_file(self.place, bundle_text(bundle, self._document))
+            self._outside.save(self.place, bundle_text(bundle, self._document))
         except (OSError, ConfigError) as error:
             reason = getattr(error, "strerror", None) or error
             self._outside.tell(

@@ -18,6 +18,7 @@ import math
 import os
 import random
 import re
+import select
 import signal
 import socket
 import ssl
@@ -8446,6 +8447,998 @@ def test_credential_never_shows_its_secret() -> None:
     assert "secret-of-ann" not in f"{keys!r} {keys}"
 
 
+# --- files that hold secrets
+
+ON_POSIX = pytest.mark.skipif(os.name != "posix", reason="modes and owners are POSIX's")
+
+
+def secret_file(path: Path, text: str, mode: int = 0o600) -> str:
+    """Write a file with a mode, and return its path."""
+    path.write_text(text, encoding="utf-8")
+    path.chmod(mode)
+    return str(path)
+
+
+def test_secret_file_is_read_through_a_link_of_its_owner(tmp_path: Path) -> None:
+    path = secret_file(tmp_path / "real", "\ufeffs\u00e9cret")
+    (tmp_path / "link").symlink_to("real")
+    assert shim.read_secret_file(path) == "s\u00e9cret"
+    assert shim.read_secret_file(str(tmp_path / "link")) == "s\u00e9cret"
+
+
+def as_readable(path: Path) -> None:
+    secret_file(path, "hunter2", 0o640)
+
+
+def as_world_readable(path: Path) -> None:
+    secret_file(path, "hunter2", 0o604)
+
+
+def as_link_to_link(path: Path) -> None:
+    (path.parent / "b").symlink_to("c")
+    path.symlink_to("b")
+
+
+def as_latin_1(path: Path) -> None:
+    path.write_bytes(b"hunter2\xe9")
+    path.chmod(0o600)
+
+
+def as_another_users(path: Path) -> None:
+    secret_file(path, "hunter2")
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    os.chown(path, 4711, -1)
+
+
+def as_another_users_link(path: Path) -> None:
+    secret_file(path.parent / "real", "hunter2")
+    path.symlink_to("real")
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a link away")
+    os.chown(path, 4711, -1, follow_symlinks=False)
+
+
+BAD_SECRET_FILES = [
+    case("nothing", lambda path: None, "cannot read {}: No such file or directory"),
+    case("a folder", Path.mkdir, "{} is no regular file"),
+    case("a FIFO, which nobody waits for", os.mkfifo, "{} is no regular file")
+    if hasattr(os, "mkfifo")
+    else case("no FIFO here", Path.mkdir, "{} is no regular file"),
+    case("group-readable", as_readable, "{0} can be read by others: run chmod 600 {0}"),
+    case("world-readable", as_world_readable, "{0} can be read by others: run chmod 600 {0}"),
+    case("a link to a link", as_link_to_link, "cannot read {}: a link to a link"),
+    case("not UTF-8", as_latin_1, "cannot read {}: not UTF-8"),
+    case("another's", as_another_users, "{0} belongs to another user: run chown 0 {0}"),
+    case(
+        "another's link",
+        as_another_users_link,
+        "{} is a symbolic link of another user: name the file itself",
+    ),
+]
+
+
+@ON_POSIX
+@pytest.mark.parametrize(("make", "message"), BAD_SECRET_FILES)
+def test_secret_file_that_is_not_ours_alone_is_refused_with_what_to_do_s1_b7(
+    tmp_path: Path, make: Callable[[Path], Any], message: str
+) -> None:
+    path = tmp_path / "secret"
+    make(path)
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.read_secret_file(str(path))
+    assert str(caught.value) == message.format(path)
+
+
+@ON_POSIX
+def test_secret_file_is_written_for_its_owner_alone(tmp_path: Path) -> None:
+    """Not as wide as the one before it, and a new folder likewise."""
+    old = secret_file(tmp_path / "old", "before", 0o644)
+    shim.write_secret_file(old, "after")
+    assert (Path(old).read_text(), os.stat(old).st_mode & 0o777) == ("after", 0o600)
+    new = tmp_path / "folder" / "new"
+    shim.write_secret_file(str(new), "first")
+    assert new.read_text() == "first"
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to("old")
+    shim.write_secret_file(str(tmp_path / "link"), "through the link")
+    assert (tmp_path / "link").is_symlink()
+    assert Path(old).read_text() == "through the link"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "link", "old"]
+
+
+def test_secret_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        shim.write_secret_file(str(tmp_path / "taken"), "hunter2")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+# --- tokens
+
+NOW = 1_795_300_000.0  # 2026-11-21T22:26:40Z
+
+EXPIRIES = [
+    case("seconds", 1_795_300_000, NOW),
+    case("seconds with a fraction", 1_795_300_000.5, NOW + 0.5),
+    case("milliseconds, as Claude Code writes them", 1_795_300_000_000, NOW),
+    case("seconds as text", "1795300000", NOW),
+    case("ISO 8601 with Z", "2026-11-21T22:26:40Z", NOW),
+    case("ISO 8601 with a fraction of any length", "2026-11-21T22:26:40.12Z", NOW),
+    case("ISO 8601 with an offset", "2026-11-22T00:26:40+02:00", NOW),
+    case("ISO 8601 without one is UTC", "2026-11-21 22:26:40", NOW),
+    case("none", None, None),
+    case("empty", "", None),
+]
+
+
+@pytest.mark.parametrize(("value", "expected"), EXPIRIES)
+def test_expiry_in_all_its_forms_s1_r8(value: Any, expected: Optional[float]) -> None:
+    text = json.dumps({"access_token": "at", "refresh_token": "rt", "expires_at": value})
+    assert shim.parsed_bundle(text, "FILE") == shim.Bundle("at", "rt", expected)
+
+
+BAD_BUNDLES = [
+    case("no JSON", "hunter2", "FILE is no JSON object with the texts access_token, refresh_token"),
+    case(
+        "a list", '["hunter2"]', "FILE is no JSON object with the texts access_token, refresh_token"
+    ),
+    case(
+        "too deep",
+        "[" * 100_000,
+        "FILE is no JSON object with the texts access_token, refresh_token",
+    ),
+    case(
+        "no access token",
+        '{"refresh_token": "hunter2"}',
+        "FILE is no JSON object with the texts access_token, refresh_token",
+    ),
+    case(
+        "a token that is a number",
+        '{"access_token": "a", "refresh_token": 2}',
+        "FILE is no JSON object with the texts access_token, refresh_token",
+    ),
+    case(
+        "a token that could break out of its header",
+        '{"access_token": "a\\r\\nX-Evil: hunter2"}',
+        "the key from FILE holds white space or characters beyond ASCII",
+    ),
+    case(
+        "an expiry that is none",
+        '{"access_token": "a", "expires_at": "hunter2"}',
+        "FILE: expires_at is neither ISO 8601 nor seconds or milliseconds",
+    ),
+    case(
+        "an expiry that is true",
+        '{"access_token": "a", "expires_at": true}',
+        "FILE: expires_at is neither ISO 8601 nor seconds or milliseconds",
+    ),
+    case(
+        "Claude Code's own",
+        '{"claudeAiOauth": {"accessToken": "hunter2"}}',
+        "FILE is Claude Code's own file: use --auth claude-code instead",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_BUNDLES)
+def test_bad_bundle_is_told_without_showing_it(text: str, message: str) -> None:
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.parsed_bundle(text, "FILE")
+    assert str(caught.value) == message
+
+
+WRITTEN_EXPIRIES = [
+    case("seconds stay seconds", 5, 1_795_300_000),
+    case("milliseconds stay milliseconds", 1_700_000_000_000, 1_795_300_000_000),
+    case("text stays text", "2020-01-01T00:00:00Z", "2026-11-21T22:26:40Z"),
+    case("without one it is text", None, "2026-11-21T22:26:40Z"),
+]
+
+
+@pytest.mark.parametrize(("old", "expected"), WRITTEN_EXPIRIES)
+def test_bundle_is_written_in_the_form_it_had(old: Any, expected: Any) -> None:
+    document = {"version": "1.0", "expires_at": old, "access_token": "old"}
+    text = shim.bundle_text(shim.Bundle("at", "rt", NOW), document)
+    assert json.loads(text) == {
+        "version": "1.0",
+        "expires_at": expected,
+        "access_token": "at",
+        "refresh_token": "rt",
+    }
+
+
+def test_no_repr_shows_a_token() -> None:
+    values = (
+        shim.Bundle("hunter2", "hunter2", 5.0),
+        shim.TokenRequest("https://a.example", {"refresh_token": "hunter2"}),
+        shim.TokenAnswer(200, [], b"hunter2"),
+        shim.AuthToken("hunter2", "X"),
+        shim.Renewed(Rotating(shim.Bundle("hunter2")), world()),
+    )
+    assert "hunter2" not in f"{values!r} {values[0]} {values[1]} {values[2]}"
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self, now: float = NOW) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+TokenScript = Union[shim.TokenAnswer, Exception]
+
+
+def in_tokens(access: str, refresh: Optional[str] = "rt-2", expires_in: Any = 3600) -> TokenScript:
+    """An answer of a token endpoint: tokens."""
+    body = {"access_token": access, "refresh_token": refresh, "expires_in": expires_in}
+    given = {name: value for name, value in body.items() if value is not None}
+    return shim.TokenAnswer(200, [], json.dumps(given).encode())
+
+
+def no_tokens(status: int, body: Any = b"", **headers: str) -> TokenScript:
+    """An answer of a token endpoint: an error."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return shim.TokenAnswer(status, list(headers.items()), raw)
+
+
+class TokenEndpoint:
+    """Plays one answer a request, the last one again and again, and records what it got."""
+
+    def __init__(self, *answers: TokenScript) -> None:
+        self._answers = list(answers)
+        self.requests: List[shim.TokenRequest] = []
+
+    def __call__(self, request: shim.TokenRequest) -> shim.TokenAnswer:
+        self.requests.append(request)
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class World:
+    """What a credential sees of the world, recorded."""
+
+    def __init__(self, *answers: TokenScript, run: Any = None) -> None:
+        self.endpoint = TokenEndpoint(*answers)
+        self.told: List[str] = []
+        self.hidden: List[str] = []
+        self.clock = Clock()
+        self.full = False
+        self.outside = shim.Outside(
+            self.endpoint,
+            self.told.append,
+            self.hidden.append,
+            self.clock,
+            run or self.run,
+            self.save,
+        )
+
+    def save(self, path: str, text: str) -> None:
+        if self.full:
+            raise OSError(28, "No space left on device")
+        shim.write_secret_file(path, text)
+
+    def run(self, command: Sequence[str]) -> Tuple[int, str]:
+        raise AssertionError(f"no program should run: {command}")
+
+
+def world(*answers: TokenScript) -> shim.Outside:
+    """A world without a record."""
+    return World(*answers).outside
+
+
+VOID = "h.example says that the login is no longer valid: run `claude_shim login`"
+NO_TOKEN = "check --token-url, or log in to your network first"
+
+TOKEN_ANSWERS = [
+    case("invalid_grant is final", no_tokens(400, {"error": "invalid_grant"}), 401, VOID),
+    case(
+        "invalid_grant in Anthropic's form",
+        no_tokens(401, {"type": "error", "error": {"type": "invalid_grant", "message": "hunter2"}}),
+        401,
+        VOID,
+    ),
+    case(
+        "another error is named, its words are not",
+        no_tokens(400, {"error": "invalid_client", "error_description": "hunter2"}),
+        503,
+        "the token endpoint h.example answered with status 400 (invalid_client)",
+    ),
+    case(
+        "an error that is no name",
+        no_tokens(403, {"error": "hunter2 <script>"}),
+        503,
+        "the token endpoint h.example answered with status 403",
+    ),
+    case(
+        "too many requests",
+        no_tokens(429),
+        503,
+        "the token endpoint h.example answered with status 429",
+    ),
+    case(
+        "a fault",
+        no_tokens(500, b"<html>"),
+        503,
+        "the token endpoint h.example answered with status 500",
+    ),
+    case(
+        "a page of a network that wants a login",
+        no_tokens(200, b"<html>hunter2"),
+        503,
+        f"the token endpoint h.example answered with what is no token: {NO_TOKEN}",
+    ),
+    case(
+        "a token that is no text",
+        no_tokens(200, {"access_token": 5}),
+        503,
+        f"the token endpoint h.example answered with what is no token: {NO_TOKEN}",
+    ),
+    case(
+        "a token that could break out of its header",
+        no_tokens(200, {"access_token": "a\r\nX-Evil: hunter2"}),
+        503,
+        f"the token endpoint h.example answered with what is no token: {NO_TOKEN}",
+    ),
+    case(
+        "a redirect, which would carry the login away",
+        no_tokens(307, location="https://evil.example/token?hunter2"),
+        503,
+        "the token endpoint h.example redirects to evil.example, which is not followed: "
+        "check --token-url",
+    ),
+    case(
+        "nobody there",
+        shim.UpstreamUnreachableError("cannot reach upstream at h.example: refused"),
+        503,
+        "the token endpoint h.example gave no answer: cannot reach upstream at h.example: refused",
+    ),
+]
+
+
+@pytest.mark.parametrize(("answer", "status", "message"), TOKEN_ANSWERS)
+def test_token_endpoint_that_gives_none(answer: TokenScript, status: int, message: str) -> None:
+    client = shim.OAuthClient(("https://h.example/token",))
+    with pytest.raises((shim.CredentialError, shim.CredentialUnavailableError)) as caught:
+        shim.granted(world(answer), client, {"refresh_token": "hunter2"})
+    assert (caught.value.status, caught.value.message) == (status, message)
+
+
+LIFETIMES = [
+    case("as told", 28_800, NOW + 28_800),
+    case("an hour when it is not told", None, NOW + 3600),
+    case("an hour when it is no number", "soon", NOW + 3600),
+    case("never less than two minutes, for the endpoint's sake", 0, NOW + 120),
+    case("never in the past", -5, NOW + 120),
+    case("never beyond ten years", 1e300, NOW + 315_360_000),
+]
+
+
+@pytest.mark.parametrize(("expires_in", "expected"), LIFETIMES)
+def test_lifetime_of_a_token(expires_in: Any, expected: float) -> None:
+    there = World(in_tokens("at-2", "rt-2", expires_in))
+    bundle = shim.granted(there.outside, shim.OAuthClient(), {})
+    assert bundle == shim.Bundle("at-2", "rt-2", expected)
+    assert there.hidden == ["at-2", "rt-2"]
+
+
+def test_older_host_is_asked_when_the_new_one_has_no_such_endpoint_s1_b2() -> None:
+    there = World(no_tokens(404), in_tokens("at-2"))
+    assert shim.granted(there.outside, shim.OAuthClient(), {"a": "b"}).access_token == "at-2"
+    assert [(request.url, request.fields) for request in there.endpoint.requests] == [
+        ("https://platform.claude.com/v1/oauth/token", {"a": "b"}),
+        ("https://console.anthropic.com/v1/oauth/token", {"a": "b"}),
+    ]
+
+
+def test_no_other_host_is_asked_when_one_is_named() -> None:
+    there = World(no_tokens(404), in_tokens("at-2"))
+    with pytest.raises(shim.CredentialUnavailableError):
+        shim.granted(there.outside, shim.OAuthClient(("https://h.example/token",)), {})
+    assert [request.url for request in there.endpoint.requests] == ["https://h.example/token"]
+
+
+# --- tokens that are renewed
+
+
+class Rotating(shim.TokenSource):
+    """Gives token after token; records which it was asked to replace."""
+
+    kind = "oauth-bundle"
+    place = "FILE"
+
+    def __init__(self, first: shim.Bundle, *later: Union[shim.Bundle, Exception]) -> None:
+        self._first = first
+        self._later = list(later)
+        self.asked: List[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def current(self) -> shim.Bundle:
+        return self._first
+
+    def renewed(self, old: shim.Bundle) -> shim.Bundle:
+        self.asked.append(old.access_token)
+        self.entered.set()
+        assert self.gate.wait(PATIENCE)
+        later = self._later.pop(0) if len(self._later) > 1 else self._later[0]
+        if isinstance(later, Exception):
+            raise later
+        return later
+
+
+def shown(token: str) -> shim.HeaderList:
+    return [("authorization", f"Bearer {token}"), ("anthropic-beta", "oauth-2025-04-20")]
+
+
+LATER = shim.Bundle("at-2", "rt-2", NOW + 7200)
+MOMENTS = [
+    case("long before its end", NOW + 3600, "at-1", []),
+    case("61 s before its end", NOW + 61, "at-1", []),
+    case("60 s before its end (S1-R14)", NOW + 60, "at-2", ["at-1"]),
+    case("after its end", NOW - 1, "at-2", ["at-1"]),
+    case("an end in 1970", 0.0, "at-2", ["at-1"]),
+    case("no end", None, "at-1", []),
+]
+
+
+@pytest.mark.parametrize(("expires_at", "token", "asked"), MOMENTS)
+def test_token_is_renewed_shortly_before_its_end(
+    expires_at: Optional[float], token: str, asked: List[str]
+) -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", expires_at), LATER)
+    credential = shim.Renewed(source, world())
+    assert credential.authorization({}) == shown(token)
+    assert credential.authorization({}) == shown(token)
+    assert source.asked == asked
+
+
+def test_clock_that_jumps_costs_one_renewal_at_most() -> None:
+    there = World()
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 3600), shim.Bundle("at-2", "", NOW + 1e7))
+    credential = shim.Renewed(source, there.outside)
+    there.clock.now = NOW + 86_400
+    assert credential.authorization({}) == shown("at-2")
+    there.clock.now = NOW - 86_400
+    assert credential.authorization({}) == shown("at-2")
+    assert source.asked == ["at-1"]
+
+
+def in_parallel(count: int, work: Callable[[int], Any]) -> List[Any]:
+    """What `work` returns in as many threads, which start together."""
+    barrier = threading.Barrier(count)
+    results: List[Any] = [None] * count
+
+    def run(number: int) -> None:
+        barrier.wait(PATIENCE)
+        results[number] = work(number)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * PATIENCE)
+    return results
+
+
+def test_hundred_threads_that_meet_an_expired_token_renew_it_once_s1_r15() -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW - 1), LATER)
+    credential = shim.Renewed(source, world())
+    assert in_parallel(100, lambda _: credential.authorization({})) == [shown("at-2")] * 100
+    assert source.asked == ["at-1"]
+
+
+def test_hundred_threads_whose_token_was_refused_renew_it_once_s1_r16() -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 3600), LATER)
+    credential = shim.Renewed(source, world())
+    refused = credential.authorization({})
+    results = in_parallel(100, lambda _: credential.authorization({}, refused))
+    assert results == [shown("at-2")] * 100
+    assert source.asked == ["at-1"]
+
+
+def test_refusal_of_an_older_token_says_nothing_of_the_newer() -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 3600), LATER)
+    credential = shim.Renewed(source, world())
+    assert credential.authorization({}, shown("at-0")) == shown("at-1")
+    assert source.asked == []
+
+
+def test_token_that_is_refused_right_after_its_renewal_is_not_renewed_again() -> None:
+    """The fault lies elsewhere, and the endpoint answers 429 when it is hammered."""
+    there = World()
+    source = Rotating(shim.Bundle("at-1", "", NOW + 3600), LATER, shim.Bundle("at-3", "", None))
+    credential = shim.Renewed(source, there.outside)
+    assert credential.authorization({}, shown("at-1")) == shown("at-2")
+    assert credential.authorization({}, shown("at-2")) == shown("at-2")
+    there.clock.now += 31
+    assert credential.authorization({}, shown("at-2")) == shown("at-3")
+
+
+def test_token_that_is_still_good_is_used_while_another_thread_renews_it() -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 30), LATER)
+    source.gate.clear()
+    credential = shim.Renewed(source, world())
+    renewing = threading.Thread(target=credential.authorization, args=({},))
+    renewing.start()
+    assert source.entered.wait(PATIENCE)
+    assert credential.authorization({}) == shown("at-1")
+    source.gate.set()
+    renewing.join(PATIENCE)
+    assert credential.authorization({}) == shown("at-2")
+
+
+def test_renewal_that_fails_is_tried_later_and_the_old_token_serves_while_it_is_good() -> None:
+    there = World()
+    down = shim.CredentialUnavailableError("h.example is down")
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 50), down, down, LATER)
+    credential = shim.Renewed(source, there.outside)
+    assert [credential.authorization({}) for _ in range(3)] == [shown("at-1")] * 3
+    assert source.asked == ["at-1"]
+    there.clock.now += 5
+    assert credential.authorization({}) == shown("at-1")
+    assert there.told == [
+        "warning: h.example is down; next try in 5 s",
+        "warning: h.example is down; next try in 10 s",
+    ]
+    there.clock.now += 9
+    assert credential.authorization({}) == shown("at-1")
+    there.clock.now += 1
+    assert credential.authorization({}) == shown("at-2")
+    assert source.asked == ["at-1", "at-1", "at-1"]
+
+
+def test_expired_token_that_cannot_be_renewed_now_is_503_with_retry_after() -> None:
+    there = World()
+    down = shim.CredentialUnavailableError("h.example is down", 20.0)
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW - 1), down)
+    credential = shim.Renewed(source, there.outside)
+    for waited, left in ((0, "20"), (15, "5")):
+        there.clock.now = NOW + waited
+        with pytest.raises(shim.CredentialUnavailableError) as caught:
+            credential.authorization({})
+        told = (caught.value.status, caught.value.message, caught.value.headers)
+        assert told == (503, "h.example is down", [("retry-after", left)])
+    assert source.asked == ["at-1"]
+
+
+def test_clock_that_is_set_back_does_not_stretch_the_wait() -> None:
+    there = World()
+    down = shim.CredentialUnavailableError("h.example is down")
+    source = Rotating(shim.Bundle("at-1", "rt-1", 0.0), down, LATER)
+    credential = shim.Renewed(source, there.outside)
+    with pytest.raises(shim.CredentialUnavailableError):
+        credential.authorization({})
+    there.clock.now -= 86_400
+    assert credential.authorization({}) == shown("at-2")
+
+
+def test_timer_renews_a_token_that_nobody_asks_for_and_ends_with_the_credential() -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", time.time() + 60.2), LATER)
+    told: List[str] = []
+    outside = shim.Outside(TokenEndpoint(), told.append)
+    credential = shim.Renewed(source, outside)
+    credential.start()
+    assert source.entered.wait(PATIENCE)
+    credential.close()
+    assert (source.asked, told) == (["at-1"], [])
+    assert credential.describe().expires_at == NOW + 7200
+
+
+# --- logins in files
+
+
+def login_file(folder: Path, expires_at: Any = 0, **more: Any) -> str:
+    """A login that has to be renewed."""
+    login = {"access_token": "at-1", "refresh_token": "rt-1", "expires_at": expires_at, **more}
+    return secret_file(folder / "oauth.json", json.dumps(login))
+
+
+def renewed_from(path: str, there: World) -> shim.Renewed:
+    client = shim.OAuthClient(("https://h.example/token",))
+    return shim.Renewed(shim.BundleFile(path, client, there.outside), there.outside)
+
+
+def test_login_is_renewed_and_written_before_it_is_used(tmp_path: Path) -> None:
+    path = login_file(tmp_path, note="kept")
+    there = World(in_tokens("at-2", "rt-2", 28_800))
+    assert renewed_from(path, there).authorization({}) == shown("at-2")
+    assert [request.fields for request in there.endpoint.requests] == [
+        {
+            "grant_type": "refresh_token",
+            "refresh_token": "rt-1",
+            "client_id": "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
+        }
+    ]
+    assert json.loads(Path(path).read_text()) == {
+        "access_token": "at-2",
+        "refresh_token": "rt-2",
+        "expires_at": 1_795_328_800,
+        "note": "kept",
+    }
+    assert os.name == "nt" or os.stat(path).st_mode & 0o777 == 0o600
+    assert set(there.hidden) == {"at-1", "rt-1", "at-2", "rt-2"}
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["oauth.json", "oauth.json.lock"]
+
+
+def test_answer_without_a_refresh_token_keeps_the_old_one(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    renewed_from(path, World(in_tokens("at-2", None))).authorization({})
+    assert json.loads(Path(path).read_text())["refresh_token"] == "rt-1"
+
+
+def test_what_another_process_wrote_is_adopted_s1_b3(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    first, second = World(in_tokens("at-2")), World(in_tokens("never"))
+    one, other = renewed_from(path, first), renewed_from(path, second)
+    assert one.authorization({}) == shown("at-2")
+    assert other.authorization({}) == shown("at-2")
+    assert (len(first.endpoint.requests), len(second.endpoint.requests)) == (1, 0)
+
+
+def test_newest_refresh_token_of_the_file_is_used_when_its_token_has_ended_too(
+    tmp_path: Path,
+) -> None:
+    path = login_file(tmp_path)
+    there = World(in_tokens("at-3"))
+    credential = renewed_from(path, there)
+    login_file(tmp_path, access_token="at-2", refresh_token="rt-2")
+    assert credential.authorization({}) == shown("at-3")
+    assert there.endpoint.requests[0].fields["refresh_token"] == "rt-2"
+
+
+def test_void_login_is_asked_for_once_and_works_again_after_a_new_one(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    there = World(no_tokens(400, {"error": "invalid_grant"}))
+    credential = renewed_from(path, there)
+    for message in (VOID, f"the login of {path} is void: run `claude_shim login`"):
+        with pytest.raises(shim.CredentialError) as caught:
+            credential.authorization({})
+        assert caught.value.message == message
+    assert len(there.endpoint.requests) == 1
+    assert json.loads(Path(path).read_text())["refresh_token"] == "rt-1"
+    login_file(tmp_path, NOW + 3600, access_token="at-9", refresh_token="rt-9")
+    assert credential.authorization({}) == shown("at-9")
+
+
+def test_login_that_is_gone_is_told_with_the_command_that_makes_one(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    credential = renewed_from(path, World(in_tokens("never")))
+    os.unlink(path)
+    with pytest.raises(shim.CredentialError) as caught:
+        credential.authorization({})
+    assert caught.value.message == (
+        f"cannot read {path}: No such file or directory; run `claude_shim login`"
+    )
+
+
+def test_login_without_a_refresh_token_says_so_when_it_ends(tmp_path: Path) -> None:
+    path = login_file(tmp_path, refresh_token="")
+    with pytest.raises(shim.CredentialError) as caught:
+        renewed_from(path, World(in_tokens("never"))).authorization({})
+    assert caught.value.message == f"{path} cannot be renewed: run `claude_shim login`"
+
+
+def test_token_that_cannot_be_written_serves_and_nobody_else_may_renew_meanwhile(
+    tmp_path: Path,
+) -> None:
+    """On a full disk the file still holds a spent refresh token: using that would end the login."""
+    path = login_file(tmp_path)
+    there = World(in_tokens("at-2"))
+    there.full = True
+    credential = renewed_from(path, there)
+    assert credential.authorization({}) == shown("at-2")
+    assert json.loads(Path(path).read_text())["refresh_token"] == "rt-1"
+    told = f"error: the renewed login cannot be written to {path}: No space left on device; "
+    assert there.told == [
+        f"{told}it lives in this process only, and is lost when that ends: mend it soon"
+    ]
+    with pytest.raises(shim.CredentialUnavailableError) as caught:
+        shim.lock_file(f"{path}.lock", 0.01)
+    assert caught.value.message == f"another process does not let go of {path}.lock"
+    there.full = False
+    credential.close()
+    assert json.loads(Path(path).read_text())["refresh_token"] == "rt-2"
+    lock = shim.lock_file(f"{path}.lock", 0.01)
+    assert lock is not None
+    os.close(lock)
+
+
+def test_read_only_folder_is_a_warning_at_the_start_and_no_crash_at_the_renewal(
+    tmp_path: Path,
+) -> None:
+    path = login_file(tmp_path)
+    os.chmod(tmp_path, 0o500)
+    try:
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("root may write everywhere")
+        there = World(in_tokens("at-2"))
+        credential = renewed_from(path, there)
+        assert there.told[0].startswith(f"warning: {tmp_path} is read-only: ")
+        assert credential.authorization({}) == shown("at-2")
+    finally:
+        os.chmod(tmp_path, 0o700)
+
+
+def test_lock_of_a_folder_that_takes_no_files_is_none(tmp_path: Path) -> None:
+    assert shim.lock_file(str(tmp_path / "missing" / "f.lock"), 0.01) is None
+
+
+# --- other sources
+
+
+def test_workload_identity_exchanges_the_token_of_its_platform() -> None:
+    identities = ["jwt-1\n", "jwt-2"]
+    there = World(in_tokens("sk-ant-oat01-a", "not used", 600), in_tokens("sk-ant-oat01-b"))
+    fields = {"federation_rule_id": "fdrl_1", "organization_id": "org_1"}
+    client = shim.OAuthClient(("https://h.example/v1/oauth/token",))
+    source = shim.Federation(client, fields, lambda: identities.pop(0), there.outside)
+    credential = shim.Renewed(source, there.outside)
+    assert credential.authorization({}) == shown("sk-ant-oat01-a")
+    there.clock.now += 541
+    assert credential.authorization({}) == shown("sk-ant-oat01-b")
+    grant = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+    assert [(request.fields, request.headers) for request in there.endpoint.requests] == [
+        (
+            {"grant_type": grant, "assertion": assertion, **fields},
+            [("anthropic-beta", "oauth-2025-04-20,oidc-federation-2026-04-01")],
+        )
+        for assertion in ("jwt-1", "jwt-2")
+    ]
+    assert there.hidden == [
+        "jwt-1",
+        "sk-ant-oat01-a",
+        "not used",
+        "jwt-2",
+        "sk-ant-oat01-b",
+        "rt-2",
+    ]
+
+
+BAD_IDENTITIES = [
+    case("none", "", "the key from the identity token is empty"),
+    case("refused", "jwt", VOID),
+]
+
+
+@pytest.mark.parametrize(("identity", "message"), BAD_IDENTITIES)
+def test_bad_identity_is_tried_again_later(identity: str, message: str) -> None:
+    there = World(no_tokens(400, {"error": "invalid_grant"}))
+    client = shim.OAuthClient(("https://h.example/v1/oauth/token",))
+    source = shim.Federation(client, {}, lambda: identity, there.outside)
+    with pytest.raises(shim.CredentialUnavailableError) as caught:
+        shim.Renewed(source, there.outside).authorization({})
+    assert (caught.value.message, caught.value.seconds) == (message, 30.0)
+
+
+HELPED = [
+    case("an API key", "sk-ant-api03-h\n", [("x-api-key", "sk-ant-api03-h")]),
+    case("an OAuth token", "sk-ant-oat01-h", shown("sk-ant-oat01-h")),
+    case("a token of a gateway", " jwt.h \r\n", [("authorization", "Bearer jwt.h")]),
+]
+
+
+@pytest.mark.parametrize(("printed", "expected"), HELPED)
+def test_helper_prints_a_key_which_is_kept_for_a_while(printed: str, expected: Any) -> None:
+    ran: List[Sequence[str]] = []
+
+    def run(command: Sequence[str]) -> Tuple[int, str]:
+        ran.append(command)
+        return 0, printed
+
+    there = World(run=run)
+    credential = shim.Renewed(shim.Helper("pass show key", 300.0, there.outside), there.outside)
+    for second in (0, 299, 300):
+        there.clock.now = NOW + second
+        assert credential.authorization({}) == expected
+    assert [list(command)[-1] for command in ran] == ["pass show key"] * 2
+    assert there.hidden == [printed.strip()] * 2
+
+
+def run_of(code: int, output: str) -> Callable[[Sequence[str]], Tuple[int, str]]:
+    return lambda command: (code, output)
+
+
+def run_without_end(command: Sequence[str]) -> Tuple[int, str]:
+    raise TimeoutError("no answer within 30 seconds")
+
+
+BAD_HELPERS = [
+    case("it fails", run_of(3, "hunter2"), "it ended with code 3"),
+    case("it prints nothing", run_of(0, "\n"), "the key from it is empty"),
+    case(
+        "it prints two words",
+        run_of(0, "key: hunter2"),
+        "the key from it holds white space or characters beyond ASCII",
+    ),
+    case("it does not end", run_without_end, "no answer within 30 seconds"),
+]
+
+
+@pytest.mark.parametrize(("run", "reason"), BAD_HELPERS)
+def test_helper_that_gives_no_key(run: Any, reason: str) -> None:
+    there = World(run=run)
+    with pytest.raises(shim.CredentialUnavailableError) as caught:
+        shim.Renewed(shim.Helper("x", 300.0, there.outside), there.outside).authorization({})
+    assert caught.value.message == f"--key-helper gave no key: {reason}"
+
+
+@ON_POSIX
+def test_program_is_killed_with_those_it_started_when_time_is_up(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # ends when no child holds it open
+    try:
+        command = ["/bin/sh", "-c", f"(sleep 60; echo late) 9>{fifo} & wait"]
+        with pytest.raises(TimeoutError) as caught:
+            shim.run_program(command, 0.5)
+        assert str(caught.value) == "no answer within 0.5 seconds"
+        assert select.select([reading], [], [], PATIENCE)[0] == [reading]
+        assert os.read(reading, 1) == b""
+    finally:
+        os.close(reading)
+
+
+@ON_POSIX
+def test_program_gets_no_secret_in_its_environment() -> None:
+    code, output = shim.run_program([sys.executable, "-c", "print(5); raise SystemExit(7)"])
+    assert (code, output) == (7, "5\n")
+    environment = {"PATH": "/bin", "ANTHROPIC_API_KEY": "k", "claude_code_oauth_token": "t"}
+    assert shim.without_secrets(environment) == {"PATH": "/bin"}
+
+
+def claude_code_login(token: str, expires_at: float = NOW * 1000 + 3_600_000) -> str:
+    return json.dumps(
+        {
+            "claudeAiOauth": {
+                "accessToken": token,
+                "refreshToken": "sk-ant-ort01-of-claude-code",
+                "expiresAt": expires_at,
+                "scopes": ["user:inference"],
+            },
+            "mcpOAuth": {},
+        }
+    )
+
+
+def test_login_of_claude_code_is_read_again_and_never_renewed(tmp_path: Path) -> None:
+    path = secret_file(tmp_path / ".credentials.json", claude_code_login("sk-ant-oat01-1"))
+    there = World()
+    credential = shim.Renewed(shim.ClaudeCode(path, "", there.outside), there.outside)
+    assert credential.authorization({}) == shown("sk-ant-oat01-1")
+    there.clock.now += 3600
+    before = Path(path).read_text()
+    with pytest.raises(shim.CredentialError) as caught:
+        credential.authorization({})
+    assert caught.value.message == (
+        "the login of Claude Code has ended: run `claude`, which renews it"
+    )
+    assert Path(path).read_text() == before
+    secret_file(tmp_path / ".credentials.json", claude_code_login("sk-ant-oat01-2", 9e12))
+    assert credential.authorization({}) == shown("sk-ant-oat01-2")
+    assert (there.endpoint.requests, there.told) == ([], [])
+
+
+KEYCHAINS = [
+    case("JSON", run_of(0, claude_code_login("sk-ant-oat01-k") + "\n"), "sk-ant-oat01-k"),
+    case(
+        "JSON in hexadecimal",
+        run_of(0, claude_code_login("sk-ant-oat01-k").encode().hex() + "\n"),
+        "sk-ant-oat01-k",
+    ),
+    case("no entry: then the file", run_of(44, ""), "sk-ant-oat01-file"),
+]
+
+
+@pytest.mark.parametrize(("run", "token"), KEYCHAINS)
+def test_login_of_claude_code_in_the_keychain(tmp_path: Path, run: Any, token: str) -> None:
+    path = secret_file(tmp_path / "f", claude_code_login("sk-ant-oat01-file"))
+    there = World(run=run)
+    source = shim.ClaudeCode(path, "Claude Code-credentials", there.outside)
+    assert shim.Renewed(source, there.outside).authorization({}) == shown(token)
+
+
+def test_locked_keychain_is_told_with_the_command_that_opens_it(tmp_path: Path) -> None:
+    there = World(run=run_of(36, ""))
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.ClaudeCode(str(tmp_path), "Claude Code-credentials", there.outside).current()
+    assert str(caught.value) == "the keychain is locked: run `security unlock-keychain` first"
+
+
+def test_keychain_service_depends_on_the_folder() -> None:
+    assert shim.keychain_service("") == "Claude Code-credentials"
+    assert shim.keychain_service("/tmp/x") == "Claude Code-credentials-2e56aa36"
+    assert shim.keychain_service("/tmp/e\u0301") == shim.keychain_service("/tmp/\u00e9")
+
+
+# --- keys
+
+
+WRONG_KEYS = [
+    case(
+        "an OAuth token", "sk-ant-oat01-x", "is an OAuth token: give it as CLAUDE_CODE_OAUTH_TOKEN"
+    ),
+    case("a refresh token", "sk-ant-ort01-x", "is a refresh token, which is no key"),
+    case("an admin key", "sk-ant-admin01-x", "is an admin key, which may not run models"),
+]
+
+
+@pytest.mark.parametrize(("key", "reason"), WRONG_KEYS)
+def test_other_kind_of_key_is_refused_with_what_it_is(key: str, reason: str) -> None:
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.checked_api_key(key, "FILE")
+    assert str(caught.value).startswith(f"the key from FILE {reason}")
+    assert "sk-ant-o" not in str(caught.value).replace(reason, "")
+
+
+LONG_ENOUGH = "sk-ant-oat01-" + "x" * 67
+SETUP_TOKENS = [
+    case("as it should be", LONG_ENOUGH, ""),
+    case(
+        "short (S1-R7)",
+        LONG_ENOUGH[:-1],
+        "the setup token from FILE has 79 characters of at least 80: is it cut off? "
+        "(--allow-odd-token takes it all the same)",
+    ),
+    case(
+        "another key",
+        "sk-ant-api03-" + "x" * 90,
+        "the setup token from FILE does not begin with sk-ant-oat "
+        "(--allow-odd-token takes it all the same)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("token", "message"), SETUP_TOKENS)
+def test_setup_token_is_checked_and_the_check_can_be_overruled_s1_b9(
+    token: str, message: str
+) -> None:
+    assert shim.checked_setup_token(token, "FILE", True) == token
+    if not message:
+        assert shim.checked_setup_token(token, "FILE") == token
+        return
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.checked_setup_token(token, "FILE")
+    assert str(caught.value) == message
+
+
+MERGED = [
+    case("a key alone", [("a", "1")], [("x-api-key", "k")], [("a", "1"), ("x-api-key", "k")]),
+    case(
+        "the client's betas come first, none twice (S1-B1)",
+        [("anthropic-beta", "one, oauth-2025-04-20"), ("anthropic-beta", "two")],
+        [("authorization", "Bearer t"), ("anthropic-beta", "oauth-2025-04-20")],
+        [("authorization", "Bearer t"), ("anthropic-beta", "one,oauth-2025-04-20,two")],
+    ),
+    case(
+        "without need the client's list stays to the byte (D2)",
+        [("anthropic-beta", "one,  two")],
+        [("x-api-key", "k")],
+        [("anthropic-beta", "one,  two"), ("x-api-key", "k")],
+    ),
+    case(
+        "what belongs to the credential is not the client's to say",
+        [("anthropic-workspace-id", "wrkspc_theirs")],
+        [("authorization", "Bearer t"), ("anthropic-workspace-id", "wrkspc_ours")],
+        [("authorization", "Bearer t"), ("anthropic-workspace-id", "wrkspc_ours")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("headers", "authorization", "expected"), MERGED)
+def test_headers_of_a_credential_join_those_of_a_request(
+    headers: Any, authorization: Any, expected: Any
+) -> None:
+    assert shim.with_authorization(headers, authorization) == expected
+
+
+# --- keys of clients
 CLIENT_KEYS = shim.ClientKeys({"ann": "key-of-ann", "bob": "key-of-bob"})
 
 SHOWN_KEYS = [
