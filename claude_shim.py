@@ -5236,25 +5236,26 @@ class Log:
         self._stream = stream
         self.quiet = quiet  # about requests; notes and faults are written all the same
         self._secrets = [spelling for secret in secrets for spelling in spellings(secret)]
-        self._renewed: Deque[str] = deque(maxlen=256)
-        self._pattern = self._compiled()
+        self._renewed: Deque[str] = deque(maxlen=64)
+        self._masked = self._longest_first()
         self._lock = threading.Lock()
         self._told: List[str] = []
 
     def hide(self, secret: str) -> None:
         """Mask one more secret from now on; of those that come and go, the latest are kept."""
         with self._lock:
-            new = [s for s in spellings(secret) if s not in self._secrets + list(self._renewed)]
+            new = [each for each in spellings(secret) if each not in self._masked]
             self._renewed.extend(new)
-            self._pattern = self._compiled() if new else self._pattern
+            self._masked = self._longest_first()
 
-    def _compiled(self) -> Optional[Pattern[str]]:
-        known = sorted((*self._secrets, *self._renewed), key=len, reverse=True)  # longest first
-        return re.compile("|".join(map(re.escape, known))) if known else None
+    def _longest_first(self) -> List[str]:
+        return sorted({*self._secrets, *self._renewed}, key=len, reverse=True)
 
     def masked(self, text: str) -> str:
         """Return `text` with every known secret replaced."""
-        return self._pattern.sub("[secret]", text) if self._pattern else text
+        for secret in self._masked:
+            text = text.replace(secret, "[secret]")
+        return text
 
     def write(self, line: str) -> None:
         """Write one line; a log that cannot be written must not stop an answer."""
@@ -7492,7 +7493,7 @@ TOKEN_SECONDS = 30.0
 MAX_TOKEN_BYTES = 1 << 20
 
 
-def token_post(settings: Settings) -> TokenPost:
+def token_post(settings: Settings, seconds: float = TOKEN_SECONDS) -> TokenPost:
     """Return how token endpoints are asked: as upstream is, over a connection of its own."""
 
     def post(request: TokenRequest) -> TokenAnswer:
@@ -7503,7 +7504,7 @@ def token_post(settings: Settings) -> TokenPost:
             ("user-agent", f"claude-shim/{__version__}"),
             *request.headers,
         ]
-        call = UpstreamRequest("POST", parts.path, headers, request.body(), patience=TOKEN_SECONDS)
+        call = UpstreamRequest("POST", parts.path, headers, request.body(), patience=seconds)
         try:
             context = tls_context(settings, request.url)
             upstream = HTTPUpstream(f"{parts.scheme}://{parts.netloc}", context=context)

@@ -11,6 +11,7 @@ import ast
 import base64
 import contextlib
 import copy
+import http.server
 import importlib.util
 import io
 import json
@@ -18,6 +19,7 @@ import math
 import os
 import random
 import re
+import secrets
 import select
 import signal
 import socket
@@ -9170,6 +9172,169 @@ def test_lock_of_a_folder_that_takes_no_files_is_none(tmp_path: Path) -> None:
     assert shim.lock_file(str(tmp_path / "missing" / "f.lock"), 0.01) is None
 
 
+# --- many processes, one login
+
+
+class RotatingLogin:
+    """A token endpoint on a socket whose refresh tokens work once: a second use ends the login.
+
+    It knows who got which token, by the process that asked.
+    """
+
+    def __init__(self) -> None:
+        self.refreshes = 0
+        self.reuses: List[str] = []  # that nothing excuses
+        self.orphans = 0  # tokens whose owner was killed before it could write them
+        self.killed: Set[int] = set()
+        self._valid = ""
+        self._owners: Dict[str, int] = {}  # spent refresh token -> who got the one after it
+        self._lock = threading.Lock()
+        login = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                status, answer = login.answer(body["refresh_token"], int(self.headers["x-pid"]))
+                raw = json.dumps(answer).encode()
+                with contextlib.suppress(OSError):
+                    self.send_response(status)
+                    self.send_header("content-length", str(len(raw)))
+                    self.end_headers()
+                    self.wfile.write(raw)
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/token"
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield
+        finally:
+            self._server.shutdown()
+            self._server.server_close()
+            thread.join()
+
+    def fresh_login(self) -> str:
+        """The text of a new login that has to be renewed at once."""
+        with self._lock:
+            self._valid = f"rt-{secrets.token_hex(8)}"
+            return json.dumps({"access_token": "at", "refresh_token": self._valid, "expires_at": 1})
+
+    def answer(self, token: str, pid: int) -> Tuple[int, JSON]:
+        with self._lock:
+            if token != self._valid:
+                if self._owners.get(token) in self.killed:
+                    self.orphans += 1  # no client in the world could have saved it
+                else:
+                    self.reuses.append(f"{token} of {self._owners.get(token)} by {pid}")
+                self._valid = ""
+                return 400, {"error": "invalid_grant"}
+            self.refreshes += 1
+            self._owners[token] = pid
+            self._valid = f"rt-{secrets.token_hex(8)}"
+            access = f"at-{self.refreshes}"
+            return 200, {"access_token": access, "refresh_token": self._valid, "expires_in": 120}
+
+
+# A process that uses a login until its standard input ends. Its clock runs 2,000 times as fast, so
+# that a token of two minutes is due after 30 ms. With "full", two writes in three meet a full disk.
+STORM_PROCESS = """
+import os, random, resource, sys, threading, time
+import claude_shim as shim
+path, url, started, full = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4] == "full"
+settings = shim.settings_from(shim.argument_parser().parse_args([]), {}, {})
+ask = shim.token_post(settings)
+ended = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+def post(request):
+    return ask(request._replace(headers=[("x-pid", str(os.getpid()))]))
+def save(path, text):
+    limit = 10 if full and not ended.is_set() and random.random() < 0.66 else -1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+    shim.write_secret_file(path, text)
+shim.Renewed.TICK = 0.05
+clock = lambda: started + (time.time() - started) * 2000
+outside = shim.Outside(post, clock=clock, save=save)
+source = shim.BundleFile(path, shim.OAuthClient((url,)), outside)
+credential = shim.Renewed(source, outside)
+credential.start()
+while not ended.wait(0.005):
+    try:
+        credential.authorization({})
+    except (shim.CredentialError, shim.CredentialUnavailableError):
+        pass
+credential.close()
+"""
+
+
+class Storm(NamedTuple):
+    """What came of many processes that share a login."""
+
+    refreshes: int
+    reuses: List[str]
+    logins: int  # that had to be made: the first, and one for each token that a kill orphaned
+    orphans: int
+    kills: int
+    valid: bool  # whether the file holds a login at the end that can be renewed
+
+
+def storm(folder: Path, processes: int, refreshes: int, kills: bool, disk: str = "fine") -> Storm:
+    """Have processes use one login until it was renewed so many times."""
+    path, login = folder / "oauth.json", RotatingLogin()
+    chance = random.Random(4)
+    logins, killed, started = 0, 0, str(time.time())
+    command = [sys.executable, "-B", "-c", STORM_PROCESS, str(path), login.url, started, disk]
+    running: List[subprocess.Popen[bytes]] = []
+    deadline = time.monotonic() + 120
+    environment = {**os.environ, "PYTHONPATH": str(MODULE_FILE.parent)}
+    with login.serving():
+        try:
+            while login.refreshes < refreshes and time.monotonic() < deadline:
+                if not login._valid:
+                    shim.write_secret_file(str(path), login.fresh_login())
+                    logins += 1
+                shim.parsed_bundle(shim.read_secret_file(str(path)), "a torn file")
+                while len(running) < processes:
+                    running.append(
+                        subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+                    )
+                select.select([], [], [], chance.uniform(0.01, 0.2))
+                if kills and login.refreshes > 3:
+                    victim = running.pop(chance.randrange(len(running)))
+                    login.killed.add(victim.pid)
+                    victim.kill()
+                    victim.communicate()
+                    killed += 1
+        finally:
+            for process in running:
+                process.communicate(timeout=30)
+        last = shim.parsed_bundle(shim.read_secret_file(str(path)), "a torn file")
+        valid = last.refresh_token == login._valid
+    return Storm(login.refreshes, login.reuses, logins, login.orphans, killed, valid)
+
+
+@ON_POSIX
+@pytest.mark.parametrize(
+    ("kills", "disk"),
+    [
+        case("in peace", False, "fine"),
+        case("on a disk that is full now and then", False, "full"),
+    ],
+)
+def test_processes_that_share_a_login_never_use_a_refresh_token_twice_s1_b3(
+    tmp_path: Path, kills: bool, disk: str
+) -> None:
+    """`.ci/check_refresh.py` does it with more of them, for longer, and with kill -9."""
+    came = storm(tmp_path, 2, 12, kills, disk)
+    assert came.refreshes >= 12
+    assert (came.reuses, came.logins, came.valid) == ([], 1, True)
+
+
 # --- other sources
 
 
@@ -10849,6 +11014,39 @@ def test_log_never_breaks_on_what_its_stream_cannot_encode() -> None:
     shim.Log(stream).write("note: \u4e16")
     shim.Log(stream).write("note: next")
     assert raw.getvalue().endswith(b"note: next\n")
+
+
+HIDDEN = "sk-ant-oat01-s3cret/+?"
+MASKED = [
+    case("as it is", f"a {HIDDEN} b", "a [secret] b"),
+    case("percent-encoded", "k=sk-ant-oat01-s3cret%2F%2B%3F&b", "k=[secret]&b"),
+    case("in base64", base64.b64encode(HIDDEN.encode()).decode(), "[secret]w=="),
+    case(
+        "in base64 behind one byte",
+        base64.b64encode(b":" + HIDDEN.encode()).decode(),
+        "On[secret]8=",
+    ),
+    case(
+        "in base64 between others, for URLs",
+        base64.urlsafe_b64encode(b"Basic user:" + HIDDEN.encode() + b"xyz").decode(),
+        "QmFzaWMgdXNlcjp[secret]eHl6",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), MASKED)
+def test_secret_is_masked_in_every_spelling(line: str, expected: str) -> None:
+    assert shim.Log(None, [HIDDEN]).masked(line) == expected
+    later = shim.Log(None)
+    later.hide(HIDDEN)
+    assert later.masked(line) == expected
+
+
+def test_masks_of_renewed_secrets_do_not_push_out_the_others() -> None:
+    log = shim.Log(None, ["of-a-client"])
+    for number in range(100):
+        log.hide(f"token-{number}")
+    assert log.masked("of-a-client token-99 token-98") == "[secret] [secret] [secret]"
 
 
 # ----------------------------------------------------------------------
@@ -12637,6 +12835,149 @@ def test_websocket_is_refused_so_that_codex_falls_back() -> None:
     assert fetch(app, "/v1/responses").status == 404
 
 
+# --- who pays
+
+UNAUTHORIZED = refused(401, "authentication_error", "OAuth token has expired.")
+
+
+def app_with(credential: shim.Credential, *answers: Any, **policy: Any) -> Any:
+    """An App before a scripted upstream, with a credential."""
+    app, upstream = app_on(*answers, **policy)
+    app.credential = credential
+    return app, upstream
+
+
+def bearers(upstream: ScriptedUpstream) -> List[str]:
+    """The credentials that the requests carried."""
+    wanted = ("authorization", "x-api-key")
+    return [value for r in upstream.requests for name, value in r.headers if name in wanted]
+
+
+WAYS = [case("chat", CHAT, streamed(*TEXT_EVENTS)), case("messages, relayed", MESSAGES, FINE)]
+
+
+@pytest.mark.parametrize(("path", "fine"), WAYS)
+def test_refused_token_is_renewed_and_the_request_tried_once_more_s1_b5(
+    path: str, fine: Answer
+) -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 3600), LATER)
+    app, upstream = app_with(shim.Renewed(source, world()), UNAUTHORIZED, fine)
+    assert ask(app, path, QUESTION).status == 200
+    assert bearers(upstream) == ["Bearer at-1", "Bearer at-2"]
+    assert upstream.requests[0].body == upstream.requests[1].body
+    assert upstream.sources[0].fate == "closed"
+
+
+@pytest.mark.parametrize(("path", "fine"), WAYS)
+def test_token_that_is_refused_twice_is_a_401(path: str, fine: Answer) -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 3600), LATER)
+    app, upstream = app_with(shim.Renewed(source, world()), UNAUTHORIZED)
+    response = ask(app, path, QUESTION)
+    assert (response.status, len(upstream.requests)) == (401, 2)
+    assert "OAuth token has expired." in answered(response)["error"]["message"]
+
+
+def test_refused_api_key_is_not_tried_again() -> None:
+    app, upstream = app_on(UNAUTHORIZED)
+    assert ask(app, MESSAGES, QUESTION).status == 401
+    assert len(upstream.requests) == 1
+
+
+class RefusesFirst(shim.Upstream):
+    """Refuses one token, takes all others; safe for many threads."""
+
+    def __init__(self, together: int) -> None:
+        self.barrier = threading.Barrier(together)
+        self.seen: List[str] = []
+
+    def send(self, request: shim.UpstreamRequest) -> shim.UpstreamResponse:
+        token = dict(request.headers)["authorization"]
+        self.seen.append(token)
+        if token == "Bearer at-1":
+            self.barrier.wait(2 * PATIENCE)  # all are refused before anybody is helped
+            return shim.UpstreamResponse(401, [], shim.BytesSource(b"{}"))
+        return shim.UpstreamResponse(200, [], shim.BytesSource(b"{}"))
+
+
+def test_storm_of_401_is_one_renewal_and_one_more_try_each() -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 3600), LATER)
+    upstream = RefusesFirst(100)
+    policy = shim.Policy(live_models=False)
+    app = shim.App(upstream, shim.Renewed(source, world()), policy)
+    statuses = in_parallel(100, lambda _: ask(app, MESSAGES, QUESTION).status)
+    assert statuses == [200] * 100
+    assert source.asked == ["at-1"]
+    assert sorted(upstream.seen) == ["Bearer at-1"] * 100 + ["Bearer at-2"] * 100
+
+
+def test_void_login_tells_the_client_what_its_owner_has_to_do() -> None:
+    void = shim.CredentialError("the login is void: run `claude_shim login`")
+    source = Rotating(shim.Bundle("at-1", "rt-1", 0.0), void)
+    app, upstream = app_with(shim.Renewed(source, world()), FINE)
+    response = ask(app, MESSAGES, QUESTION)
+    assert (response.status, upstream.requests) == (401, [])
+    assert answered(response)["error"] == {
+        "type": "authentication_error",
+        "message": "the login is void: run `claude_shim login`",
+    }
+
+
+def test_login_that_cannot_be_renewed_now_is_a_503_to_try_again() -> None:
+    down = shim.CredentialUnavailableError("h.example is down", 20.0)
+    source = Rotating(shim.Bundle("at-1", "rt-1", 0.0), down)
+    for path in (MESSAGES, CHAT):
+        app, upstream = app_with(shim.Renewed(source, world()), FINE)
+        response = ask(app, path, QUESTION)
+        assert (response.status, field(response, "retry-after")) == (503, ["20"])
+        assert upstream.requests == []
+
+
+BROKE = [
+    case("it is refused", refused(401, "authentication_error", "no")),
+    case("it has no credit", refused(402, "billing_error", "no")),
+    case("it may not", refused(403, "permission_error", "no")),
+    case("it is used up", refused(429, "rate_limit_error", "no")),
+]
+
+
+@pytest.mark.parametrize("broke", BROKE)
+@pytest.mark.parametrize(("path", "fine"), WAYS)
+def test_fallback_pays_when_the_first_does_not_and_the_answer_says_so(
+    path: str, fine: Answer, broke: Answer
+) -> None:
+    second = shim.APIKey("sk-ant-api03-second", "the test")
+    app, upstream = app_on(broke, fine, fallback=second)
+    response = ask(app, path, QUESTION)
+    assert (response.status, field(response, "x-claude-shim-billing")) == (200, ["api-key"])
+    assert bearers(upstream) == ["sk-ant-api03-upstream", "sk-ant-api03-second"]
+
+
+@pytest.mark.parametrize(("path", "fine"), WAYS)
+def test_fallback_pays_when_the_first_cannot_be_renewed(path: str, fine: Answer) -> None:
+    void = shim.CredentialError("void")
+    source = Rotating(shim.Bundle("at-1", "rt-1", 0.0), void)
+    second = shim.APIKey("sk-ant-api03-second", "the test")
+    app, upstream = app_with(shim.Renewed(source, world()), fine, fallback=second)
+    response = ask(app, path, QUESTION)
+    assert field(response, "x-claude-shim-billing") == ["api-key"]
+    assert bearers(upstream) == ["sk-ant-api03-second"]
+
+
+@pytest.mark.parametrize(("path", "fine"), WAYS)
+def test_fallback_that_is_not_needed_pays_nothing(path: str, fine: Answer) -> None:
+    second = shim.APIKey("sk-ant-api03-second", "the test")
+    app, upstream = app_on(fine, fallback=second)
+    assert field(ask(app, path, QUESTION), "x-claude-shim-billing") == []
+    assert bearers(upstream) == ["sk-ant-api03-upstream"]
+
+
+def test_without_a_fallback_nobody_else_pays() -> None:
+    """S1-B4."""
+    app, upstream = app_on(refused(429, "rate_limit_error", "no"))
+    assert ask(app, MESSAGES, QUESTION).status == 429
+    assert len(upstream.requests) == 1
+
+
 # ----------------------------------------------------------------------
 # 13. HTTP server
 # ----------------------------------------------------------------------
@@ -14391,6 +14732,418 @@ def test_no_credential_tells_three_ways_and_the_echo(env: Dict[str, str]) -> Non
         chosen(settings_of(), env)
     for way in ("ANTHROPIC_API_KEY=", "--api-key-file", "--auth passthrough", "--upstream echo"):
         assert way in str(caught.value)
+
+
+SETUP_TOKEN = "sk-ant-oat01-" + "s" * 90
+LOGIN = json.dumps({"access_token": "sk-ant-oat01-b", "refresh_token": "r", "expires_at": 9e9})
+ENDED_LOGIN = json.dumps({"access_token": "old", "refresh_token": "r", "expires_at": 5})
+CLAUDE_LOGIN = claude_code_login("sk-ant-oat01-c", 9e12)
+PROFILE = json.dumps(
+    {
+        "version": "1.0",
+        "workspace_id": "wrkspc_1",
+        "base_url": "http://127.0.0.1:PORT",
+        "authentication": {"type": "user_oauth", "client_id": "client-1"},
+    }
+)
+FEDERATED = json.dumps(
+    {
+        "version": "1.0",
+        "organization_id": "org_1",
+        "base_url": "http://127.0.0.1:PORT",
+        "authentication": {
+            "type": "oidc_federation",
+            "federation_rule_id": "fdrl_1",
+            "identity_token": {"source": "file", "path": "HOME/jwt"},
+        },
+    }
+)
+BUNDLE_FILE = ".local/state/claude-shim/oauth.json"
+PROFILES = ".config/anthropic"
+CLAUDE_FILE = ".claude/.credentials.json"
+FEDERATION_ENV = {
+    "ANTHROPIC_FEDERATION_RULE_ID": "fdrl_1",
+    "ANTHROPIC_ORGANIZATION_ID": "org_1",
+    "ANTHROPIC_IDENTITY_TOKEN": "jwt-1",
+}
+
+
+def laid(home: Path, files: Dict[str, str], port: str = "9") -> None:
+    """Write files below a home folder, for their owner alone."""
+    for name, text in files.items():
+        path = home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        secret_file(path, text.replace("PORT", port).replace("HOME", str(home)))
+
+
+def json_bytes(body: Any, status: str = "200 OK") -> bytes:
+    """An answer with a JSON body on the wire."""
+    raw = json.dumps(body).encode()
+    return b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status.encode(), len(raw), raw)
+
+
+GRANTED = json_bytes({"access_token": "sk-ant-oat01-new", "refresh_token": "r2", "expires_in": 99})
+GIVEN_BETA = "given-1,oauth-2025-04-20"
+
+
+def oauth_of(token: str, **more: str) -> Dict[str, str]:
+    return {"authorization": f"Bearer {token}", "anthropic-beta": GIVEN_BETA, **more}
+
+
+# argv, environment, files, what is asked of the token endpoint, headers at upstream
+END_TO_END = [
+    case(
+        "an API key",
+        [],
+        {"ANTHROPIC_API_KEY": "sk-ant-api03-a"},
+        {},
+        None,
+        {"x-api-key": "sk-ant-api03-a", "anthropic-beta": "given-1"},
+    ),
+    case(
+        "a bearer token",
+        [],
+        {"ANTHROPIC_AUTH_TOKEN": "gateway-token"},
+        {},
+        None,
+        {"authorization": "Bearer gateway-token", "anthropic-beta": "given-1"},
+    ),
+    case(
+        "a bearer token that is OAuth",
+        ["--auth", "auth-token"],
+        {"ANTHROPIC_AUTH_TOKEN": "sk-ant-oat01-x"},
+        {},
+        None,
+        oauth_of("sk-ant-oat01-x"),
+    ),
+    case(
+        "passthrough",
+        ["--auth", "passthrough"],
+        {"ANTHROPIC_API_KEY": "sk-ant-api03-a"},
+        {},
+        None,
+        {"x-api-key": "of-the-client", "anthropic-beta": "given-1"},
+    ),
+    case(
+        "a setup token (S1-R7)",
+        [],
+        {"CLAUDE_CODE_OAUTH_TOKEN": SETUP_TOKEN},
+        {},
+        None,
+        oauth_of(SETUP_TOKEN),
+    ),
+    case(
+        "a setup token in a file",
+        ["--setup-token-file", "HOME/setup"],
+        {},
+        {"setup": f"{SETUP_TOKEN}\n"},
+        None,
+        oauth_of(SETUP_TOKEN),
+    ),
+    case("a login (S1-B1)", [], {}, {BUNDLE_FILE: LOGIN}, None, oauth_of("sk-ant-oat01-b")),
+    case(
+        "a login that has ended",
+        ["--bundle", "HOME/login", "--oauth-client-id", "client-2"],
+        {},
+        {"login": ENDED_LOGIN},
+        {"grant_type": "refresh_token", "refresh_token": "r", "client_id": "client-2"},
+        oauth_of("sk-ant-oat01-new"),
+    ),
+    case(
+        "Claude Code's login (S1-R11)",
+        ["--auth", "claude-code"],
+        {},
+        {CLAUDE_FILE: CLAUDE_LOGIN},
+        None,
+        oauth_of("sk-ant-oat01-c"),
+    ),
+    case(
+        "Claude Code's login in a folder of its own",
+        [],
+        {"CLAUDE_CONFIG_DIR": "HOME/elsewhere"},
+        {"elsewhere/.credentials.json": CLAUDE_LOGIN},
+        None,
+        oauth_of("sk-ant-oat01-c"),
+    ),
+    case(
+        "the profile that is active",
+        [],
+        {},
+        {
+            f"{PROFILES}/active_config": "work\n",
+            f"{PROFILES}/configs/work.json": PROFILE,
+            f"{PROFILES}/credentials/work.json": LOGIN,
+        },
+        None,
+        oauth_of("sk-ant-oat01-b", **{"anthropic-workspace-id": "wrkspc_1"}),
+    ),
+    case(
+        "a profile by name whose login has ended",
+        [],
+        {"ANTHROPIC_PROFILE": "home", "ANTHROPIC_CONFIG_DIR": "HOME/p"},
+        {"p/configs/home.json": PROFILE, "p/credentials/home.json": ENDED_LOGIN},
+        {"grant_type": "refresh_token", "refresh_token": "r", "client_id": "client-1"},
+        oauth_of("sk-ant-oat01-new", **{"anthropic-workspace-id": "wrkspc_1"}),
+    ),
+    case(
+        "a profile of workload identity",
+        [],
+        {},
+        {f"{PROFILES}/configs/default.json": FEDERATED, "jwt": "jwt-1\n"},
+        {
+            "grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer",
+            "assertion": "jwt-1",
+            "federation_rule_id": "fdrl_1",
+            "organization_id": "org_1",
+        },
+        oauth_of("sk-ant-oat01-new"),
+    ),
+    case(
+        "workload identity by the environment",
+        ["--auth", "federation"],
+        {**FEDERATION_ENV, "ANTHROPIC_SERVICE_ACCOUNT_ID": "svac_1"},
+        {},
+        {
+            "grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer",
+            "assertion": "jwt-1",
+            "federation_rule_id": "fdrl_1",
+            "organization_id": "org_1",
+            "service_account_id": "svac_1",
+        },
+        oauth_of("sk-ant-oat01-new"),
+    ),
+    case(
+        "a helper",
+        ["--key-helper", "echo sk-ant-api03-h"],
+        {},
+        {},
+        None,
+        {"x-api-key": "sk-ant-api03-h", "anthropic-beta": "given-1"},
+    ),
+]
+
+
+def request_fields(raw: bytes) -> Dict[str, str]:
+    """The header fields of a request on the wire that concern credentials; none may come twice."""
+    lines = raw.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+    pairs = [(name.lower(), value) for name, value in (line.split(": ", 1) for line in lines)]
+    names = [name for name, _ in pairs]
+    assert len(names) == len(set(names)), names
+    wanted = re.compile("authorization|x-api-key|api-key|anthropic-(beta|workspace-id)")
+    return {name: value for name, value in pairs if wanted.fullmatch(name)}
+
+
+@pytest.mark.parametrize(("argv", "env", "files", "granting", "expected"), END_TO_END)
+def test_every_credential_from_its_place_to_upstream(
+    tmp_path: Path, argv: List[str], env: Any, files: Any, granting: Any, expected: Any
+) -> None:
+    log = io.StringIO()
+    with FakeUpstream(*([[GRANTED]] if granting else []), [FINE_ANSWER]) as fake:
+        laid(tmp_path, files, fake.host.rpartition(":")[2])
+        settings = settings_of(
+            *("--port", "0", "--base-url", fake.url, "--token-url", f"{fake.url}/v1/oauth/token"),
+            *[word.replace("HOME", str(tmp_path)) for word in argv],
+        )
+        env = {name: value.replace("HOME", str(tmp_path)) for name, value in env.items()}
+        with shim.server_from(settings, {"HOME": str(tmp_path), **env}, log) as server:
+            with RawClient(server) as client:
+                fields = ("anthropic-beta: given-1", "x-api-key: of-the-client")
+                assert client.send(raw_request("GET /v1/skills HTTP/1.1", *fields)).answer().status
+            text = shim.welcome(server) + repr(server.app.credential)
+    *asked, request = fake.requests
+    assert request_fields(request) == expected
+    assert [json.loads(raw.partition(b"\r\n\r\n")[2]) for raw in asked] == [granting] * len(asked)
+    assert all(raw.startswith(b"POST /v1/oauth/token HTTP/1.1\r\n") for raw in asked)
+    assert bool(asked) is bool(granting)
+    secret = expected.get("x-api-key") or expected["authorization"].partition(" ")[2]
+    assert secret not in log.getvalue() + text
+    assert ("notice: " in log.getvalue()) is (
+        shim.KINDS[server.app.credential.describe().kind].claude_ai
+    )
+
+
+TOKEN_FAULTS = [
+    case(
+        "HTML with status 200",
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>"],
+        f"answered with what is no token: {NO_TOKEN}",
+    ),
+    case(
+        "it closes",
+        [CLOSE],
+        "gave no answer: no answer from upstream: upstream closed the connection without an answer",
+    ),
+    case(
+        "it closes in the middle",
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n{", CLOSE],
+        "gave no answer: upstream hung up in the middle of the answer",
+    ),
+    case(
+        "it redirects to another host",
+        [b"HTTP/1.1 308 Moved\r\nLocation: http://evil.example/\r\nContent-Length: 0\r\n\r\n"],
+        "redirects to evil.example, which is not followed: check --token-url",
+    ),
+    case(
+        "it hangs",
+        [UNTIL_GONE],
+        "gave no answer: upstream did not start to answer in time",
+    ),
+    case(
+        "it hangs in the middle",
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n{", UNTIL_GONE],
+        "gave no answer: upstream fell silent in the middle of the answer",
+    ),
+    case(
+        "it does not stop",
+        [b"HTTP/1.1 200 OK\r\n\r\n", [b"x" * 65_536] * 32],
+        "gave no answer: the token endpoint does not stop to answer",
+    ),
+]
+
+
+@pytest.mark.parametrize(("script", "said"), TOKEN_FAULTS)
+def test_fault_of_a_token_endpoint_is_told_in_a_sentence(script: List[Any], said: str) -> None:
+    with FakeUpstream(script) as fake:
+        settings = settings_of()
+        outside = shim.Outside(shim.token_post(settings, 0.3))
+        client = shim.OAuthClient((f"{fake.url}/token",))
+        with pytest.raises(shim.CredentialUnavailableError) as caught:
+            shim.granted(outside, client, {"refresh_token": "hunter2"})
+        assert fake.connections == 1
+    assert caught.value.message == f"the token endpoint {fake.host} {said}"
+
+
+EVERYTHING = {
+    BUNDLE_FILE: LOGIN,
+    CLAUDE_FILE: CLAUDE_LOGIN,
+    f"{PROFILES}/configs/default.json": PROFILE,
+    f"{PROFILES}/credentials/default.json": LOGIN,
+    "key": "sk-ant-api03-f",
+}
+EVERY_VARIABLE = {
+    "CLAUDE_CODE_OAUTH_TOKEN": SETUP_TOKEN,
+    "ANTHROPIC_API_KEY": "sk-ant-api03-a",
+    "ANTHROPIC_AUTH_TOKEN": "t",
+    **FEDERATION_ENV,
+}
+IN_ORDER = "oauth-bundle setup-token api-key auth-token profile federation claude-code".split()
+
+
+@pytest.mark.parametrize("first", range(len(IN_ORDER)))
+def test_auto_takes_the_first_that_is_there_and_names_the_others_s1_b4(
+    tmp_path: Path, first: int
+) -> None:
+    """D7; nobody's bill changes in silence."""
+    laid(tmp_path, EVERYTHING)
+    env = {"HOME": str(tmp_path), **EVERY_VARIABLE}
+    gone = {
+        "oauth-bundle": (tmp_path / BUNDLE_FILE).unlink,
+        "setup-token": lambda: env.pop("CLAUDE_CODE_OAUTH_TOKEN"),
+        "api-key": lambda: env.pop("ANTHROPIC_API_KEY"),
+        "auth-token": lambda: env.pop("ANTHROPIC_AUTH_TOKEN"),
+        "profile": (tmp_path / f"{PROFILES}/configs/default.json").unlink,
+        "federation": lambda: env.pop("ANTHROPIC_FEDERATION_RULE_ID"),
+    }
+    for kind in IN_ORDER[:first]:
+        gone[kind]()
+    there = World()
+    credential = shim.credential_from(settings_of(), env, there.outside)
+    assert credential.describe().kind == IN_ORDER[first]
+    others = [line for line in there.told if line.startswith("note: also found, not used: ")]
+    assert len(others) == len(IN_ORDER) - 1 - first
+
+
+def test_what_an_option_names_comes_before_what_was_lying_about(tmp_path: Path) -> None:
+    laid(tmp_path, EVERYTHING)
+    env = {"HOME": str(tmp_path), **EVERY_VARIABLE}
+    settings = settings_of("--api-key-file", str(tmp_path / "key"))
+    assert chosen(settings, env).authorization({}) == [("x-api-key", "sk-ant-api03-f")]
+
+
+def test_credential_that_is_not_used_cannot_stop_the_start(tmp_path: Path) -> None:
+    laid(tmp_path, {CLAUDE_FILE: "broken", f"{PROFILES}/configs/default.json": "broken"})
+    env = {"HOME": str(tmp_path), "ANTHROPIC_API_KEY": "sk-ant-api03-a"}
+    assert chosen(settings_of(), env).authorization({}) == [("x-api-key", "sk-ant-api03-a")]
+
+
+@pytest.mark.parametrize("mode", [mode for mode in shim.AUTH_MODES if mode != "passthrough"])
+def test_pinned_credential_that_is_not_there_is_told_with_how_to_give_it_s1_r12(
+    tmp_path: Path, mode: str
+) -> None:
+    env = {"HOME": str(tmp_path), "ANTHROPIC_API_KEY": "k"} if mode != "api-key" else {}
+    with pytest.raises(shim.ConfigError) as caught:
+        chosen(settings_of("--auth", mode), env)
+    assert str(caught.value).startswith(f"there is no {shim.KINDS[mode].name} to use; give it by ")
+
+
+BAD_PROFILES = [
+    case("no JSON", "x", "the request body is not JSON"),
+    case("another kind", '{"authentication": {"type": "x"}}', "neither user_oauth nor oidc"),
+    case("plain http", PROFILE.replace("127.0.0.1:PORT", "h.example"), "must be https://"),
+    case("no rule", FEDERATED.replace("fdrl_1", ""), "workload identity needs federation_rule_id"),
+    case("no identity file", FEDERATED.replace('"file"', '"x"'), "identity token from no file"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), BAD_PROFILES)
+def test_bad_profile_is_told(tmp_path: Path, text: str, said: str) -> None:
+    laid(tmp_path, {f"{PROFILES}/configs/default.json": text})
+    with pytest.raises(shim.ConfigError) as caught:
+        chosen(settings_of(), {"HOME": str(tmp_path)})
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", ".hidden", ""])
+def test_name_of_a_profile_does_not_climb(tmp_path: Path, name: str) -> None:
+    env = {"HOME": str(tmp_path), "ANTHROPIC_PROFILE": name}
+    with pytest.raises(shim.ConfigError):
+        chosen(settings_of("--auth", "profile"), env)
+
+
+def test_fallback_that_is_used_anyway_is_refused(tmp_path: Path) -> None:
+    settings = settings_of("--fallback-auth", "api-key", "--port", "0")
+    env = {"HOME": str(tmp_path), "ANTHROPIC_API_KEY": "k"}
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.server_from(settings, env, io.StringIO())
+    assert str(caught.value) == "--fallback-auth: api-key is used anyway"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        case(
+            "plain http to another host",
+            ["--token-url", "http://h.example/token"],
+            "--token-url: a token endpoint must be https://",
+        ),
+        case(
+            "an unknown mode",
+            ["--auth", "static"],
+            "--auth: expected one of auto, oauth-bundle, setup-token, api-key, auth-token, helper, "
+            "profile, federation, claude-code, passthrough, got 'static'",
+        ),
+    ],
+)
+def test_bad_setting_of_credentials(argv: List[str], message: str) -> None:
+    with pytest.raises(shim.ConfigError) as caught:
+        settings_of(*argv)
+    assert str(caught.value) == message
+
+
+def test_crash_dumps_no_core() -> None:
+    pytest.importorskip("resource")
+    code = (
+        "import claude_shim, resource; claude_shim.no_core_dumps(); "
+        "print(resource.getrlimit(resource.RLIMIT_CORE))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-B", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(MODULE_FILE.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout == "(0, 0)\n"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.1.5", "a.example", "127.0.0.1.a"])
