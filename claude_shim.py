@@ -3322,8 +3322,8 @@ KINDS: Dict[str, Kind] = {
         "bearer token", "`ANTHROPIC_AUTH_TOKEN`", "billed to whoever the token is of"
     ),
     "helper": Kind("key", "`--key-helper COMMAND`", "billed to whoever the key is of"),
-    "profile": Kind("profile", "`ant auth login`, `ANTHROPIC_PROFILE`", _CONSOLE),
     "federation": Kind("workload identity", "`ANTHROPIC_FEDERATION_RULE_ID` and its kin", _CONSOLE),
+    "profile": Kind("profile", "`ant auth login`, `ANTHROPIC_PROFILE`", _CONSOLE),
     "claude-code": Kind("login of Claude Code", "`claude`, then `/login`", _SUBSCRIPTION, True),
     "passthrough": Kind(
         "each client's own key", "`--auth passthrough` and nothing else", "billed to each client"
@@ -3380,39 +3380,30 @@ class Credential:
 class APIKey(Credential):
     """An API key of the Claude Console, sent as `x-api-key`."""
 
-    def __init__(self, key: str, source: str) -> None:
+    kind = "api-key"
+    bearer = False
+
+    def __init__(self, key: str, source: str, kind: str = "") -> None:
         self._key = key
-        self._source = source
+        self._description = Description(kind or self.kind, source)
 
     def authorization(
         self, client: Dict[str, str], rejected: Optional[HeaderList] = None
     ) -> HeaderList:
-        return [("x-api-key", self._key)]
-
-    def describe(self) -> Description:
-        return Description("api-key", self._source)
-
-    def secrets(self) -> List[str]:
-        return [self._key]
-
-
-class AuthToken(Credential):
-    """A token that is sent as `Authorization: Bearer`, and never renewed."""
-
-    def __init__(self, token: str, source: str, kind: str = "auth-token") -> None:
-        self._token = token
-        self._description = Description(kind, source)
-
-    def authorization(
-        self, client: Dict[str, str], rejected: Optional[HeaderList] = None
-    ) -> HeaderList:
-        return key_headers(self._token, bearer=True)
+        return key_headers(self._key, self.bearer)
 
     def describe(self) -> Description:
         return self._description
 
     def secrets(self) -> List[str]:
-        return [self._token]
+        return [self._key]
+
+
+class AuthToken(APIKey):
+    """A token that is sent as `Authorization: Bearer`, and never renewed."""
+
+    kind = "auth-token"
+    bearer = True
 
 
 class Passthrough(Credential):
@@ -4084,12 +4075,9 @@ class BundleFile(TokenSource):
         if not held.refresh_token:
             raise CredentialError(f"{self.place} cannot be renewed: {self._client.repair}")
         if held.refresh_token == self._void:
-            raise CredentialError(f"the login of {self.place} is void: {self._client.repair}")
-        bundle = self._refreshed(held)
-        self._save(bundle)
-        return bundle
-
-    def _refreshed(self, held: Bundle) -> Bundle:
+            raise CredentialError(
+                f"the login of {self.place} is no longer valid: {self._client.repair}"
+            )
         fields = {
             "grant_type": "refresh_token",
             "refresh_token": held.refresh_token,
@@ -4099,8 +4087,10 @@ class BundleFile(TokenSource):
             bundle = granted(self._outside, self._client, fields)
         except CredentialError:
             self._void = held.refresh_token
-            raise
-        return bundle._replace(refresh_token=bundle.refresh_token or held.refresh_token)
+            return self._renewed_alone(old)  # a program without our lock may have been faster
+        bundle = bundle._replace(refresh_token=bundle.refresh_token or held.refresh_token)
+        self._save(bundle)
+        return bundle
 
     def _save(self, bundle: Bundle) -> None:
         self._unsaved = bundle
@@ -4195,13 +4185,14 @@ class ClaudeCode(TokenSource):
     kind = "claude-code"
 
     def __init__(self, path: str, service: str, outside: Outside) -> None:
-        self.place = path
+        self.place = self._path = path
         self._service = service  # of the keychain of macOS; empty: there is none
         self._outside = outside
 
     def current(self) -> Bundle:
         text = self._keychain() if self._service else ""
-        bundle = parsed_claude_code(text or read_secret_file(self.place), self.place)
+        self.place = "the keychain" if text else self._path
+        bundle = parsed_claude_code(text or read_secret_file(self._path), self.place)
         hide_bundle(self._outside, bundle)
         return bundle
 
@@ -5680,7 +5671,8 @@ class App:
 
     def close(self) -> None:
         """Let go of upstream."""
-        self.credential.close()
+        for payer in filter(None, (self.credential, self.policy.fallback)):
+            payer.close()
         self.upstream.close()
         for thread in self._threads:
             thread.join(GET_SECONDS)
@@ -7372,8 +7364,8 @@ FINDERS: Dict[str, Callable[[Search], Optional[Found]]] = {
     "api-key": _found_api_key,
     "auth-token": _found_auth_token,
     "helper": _found_helper,
-    "profile": _found_profile,
     "federation": _found_federation,
+    "profile": _found_profile,
     "claude-code": _found_claude_code,
 }
 
@@ -7407,7 +7399,8 @@ def credential_from(
     if not found:
         raise ConfigError(NO_CREDENTIAL)
     for other in found[1:]:
-        outside.tell(f"note: also found, not used: {Description(other.kind, other.source)}")
+        unused = Description(other.kind, other.source)
+        outside.tell(f"note: also found, not used: {unused} (--auth {other.kind} takes it)")
     return found[0].load()
 
 
@@ -7546,7 +7539,8 @@ def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO)
     world = outside(settings, log)
     credential = credential_from(settings, environment, world)
     fallback = fallback_from(settings, environment, world, credential)
-    for payer in filter(None, (credential, fallback)):
+    payers = [payer for payer in (credential, fallback) if payer]
+    for payer in payers:
         for secret in payer.secrets():
             log.hide(secret)
         if KINDS[payer.describe().kind].claude_ai:
@@ -7564,11 +7558,14 @@ def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO)
     app = App(upstream_from(settings), credential, policy, log)
     limits = ServerLimits(max_body=settings.max_body)
     try:
-        return Server(
+        server = Server(
             app, settings.host, settings.port, limits=limits, allowed_hosts=settings.allow_host
         )
     except (OSError, OverflowError) as error:
         raise ConfigError(_cannot_listen(settings, error)) from None
+    for payer in payers:
+        payer.start()
+    return server
 
 
 def _cannot_listen(settings: Settings, error: Exception) -> str:
@@ -7635,7 +7632,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         file = config_values(arguments.config, environment)
         settings = settings_from(arguments, environment, file)
         if arguments.check_config:
-            credential = credential_from(settings, environment, outside(settings, Log()))
+            world = outside(settings, Log())
+            credential = credential_from(settings, environment, world)
+            fallback_from(settings, environment, world, credential)
             client_keys_from(settings, environment)
             upstream_from(settings).close()
             print(f"{shown_settings(settings)}\ncredential = {credential.describe()}")

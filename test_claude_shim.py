@@ -9099,14 +9099,29 @@ def test_void_login_is_asked_for_once_and_works_again_after_a_new_one(tmp_path: 
     path = login_file(tmp_path)
     there = World(no_tokens(400, {"error": "invalid_grant"}))
     credential = renewed_from(path, there)
-    for message in (VOID, f"the login of {path} is void: run `claude_shim login`"):
+    for _ in range(2):
         with pytest.raises(shim.CredentialError) as caught:
             credential.authorization({})
-        assert caught.value.message == message
+        assert caught.value.message == (
+            f"the login of {path} is no longer valid: run `claude_shim login`"
+        )
     assert len(there.endpoint.requests) == 1
     assert json.loads(Path(path).read_text())["refresh_token"] == "rt-1"
     login_file(tmp_path, NOW + 3600, access_token="at-9", refresh_token="rt-9")
     assert credential.authorization({}) == shown("at-9")
+
+
+def test_refused_login_is_read_again_for_a_program_without_our_lock(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    there = World()
+
+    def post(request: shim.TokenRequest) -> shim.TokenAnswer:
+        login_file(tmp_path, NOW + 3600, access_token="at-2", refresh_token="rt-2")
+        return shim.TokenAnswer(400, [], b'{"error": "invalid_grant"}')
+
+    outside = there.outside._replace(post=post)
+    credential = shim.Renewed(shim.BundleFile(path, shim.OAuthClient(), outside), outside)
+    assert credential.authorization({}) == shown("at-2")
 
 
 def test_login_that_is_gone_is_told_with_the_command_that_makes_one(tmp_path: Path) -> None:
@@ -9456,6 +9471,15 @@ def test_program_gets_no_secret_in_its_environment() -> None:
     assert (code, output) == (7, "5\n")
     environment = {"PATH": "/bin", "ANTHROPIC_API_KEY": "k", "claude_code_oauth_token": "t"}
     assert shim.without_secrets(environment) == {"PATH": "/bin"}
+    ran = subprocess.run(
+        [sys.executable, "-B", "-c", "import claude_shim as s; print(s.run_program(['env'])[1])"],
+        env={**os.environ, **environment, "PYTHONPATH": str(MODULE_FILE.parent), "KEPT": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "KEPT=1\n" in ran.stdout
+    assert "ANTHROPIC_API_KEY" not in ran.stdout
 
 
 def claude_code_login(token: str, expires_at: float = NOW * 1000 + 3_600_000) -> str:
@@ -14735,8 +14759,12 @@ def test_no_credential_tells_three_ways_and_the_echo(env: Dict[str, str]) -> Non
 
 
 SETUP_TOKEN = "sk-ant-oat01-" + "s" * 90
-LOGIN = json.dumps({"access_token": "sk-ant-oat01-b", "refresh_token": "r", "expires_at": 9e9})
-ENDED_LOGIN = json.dumps({"access_token": "old", "refresh_token": "r", "expires_at": 5})
+LOGIN = json.dumps(
+    {"access_token": "sk-ant-oat01-b", "refresh_token": "sk-ant-ort01-r", "expires_at": 9e9}
+)
+ENDED_LOGIN = json.dumps(
+    {"access_token": "sk-ant-oat01-old", "refresh_token": "sk-ant-ort01-r", "expires_at": 5}
+)
 CLAUDE_LOGIN = claude_code_login("sk-ant-oat01-c", 9e12)
 PROFILE = json.dumps(
     {
@@ -14782,7 +14810,9 @@ def json_bytes(body: Any, status: str = "200 OK") -> bytes:
     return b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status.encode(), len(raw), raw)
 
 
-GRANTED = json_bytes({"access_token": "sk-ant-oat01-new", "refresh_token": "r2", "expires_in": 99})
+GRANTED = json_bytes(
+    {"access_token": "sk-ant-oat01-new", "refresh_token": "sk-ant-ort01-r2", "expires_in": 99}
+)
 GIVEN_BETA = "given-1,oauth-2025-04-20"
 
 
@@ -14846,7 +14876,7 @@ END_TO_END = [
         ["--bundle", "HOME/login", "--oauth-client-id", "client-2"],
         {},
         {"login": ENDED_LOGIN},
-        {"grant_type": "refresh_token", "refresh_token": "r", "client_id": "client-2"},
+        {"grant_type": "refresh_token", "refresh_token": "sk-ant-ort01-r", "client_id": "client-2"},
         oauth_of("sk-ant-oat01-new"),
     ),
     case(
@@ -14882,7 +14912,7 @@ END_TO_END = [
         [],
         {"ANTHROPIC_PROFILE": "home", "ANTHROPIC_CONFIG_DIR": "HOME/p"},
         {"p/configs/home.json": PROFILE, "p/credentials/home.json": ENDED_LOGIN},
-        {"grant_type": "refresh_token", "refresh_token": "r", "client_id": "client-1"},
+        {"grant_type": "refresh_token", "refresh_token": "sk-ant-ort01-r", "client_id": "client-1"},
         oauth_of("sk-ant-oat01-new", **{"anthropic-workspace-id": "wrkspc_1"}),
     ),
     case(
@@ -15026,7 +15056,7 @@ EVERY_VARIABLE = {
     "ANTHROPIC_AUTH_TOKEN": "t",
     **FEDERATION_ENV,
 }
-IN_ORDER = "oauth-bundle setup-token api-key auth-token profile federation claude-code".split()
+IN_ORDER = "oauth-bundle setup-token api-key auth-token federation profile claude-code".split()
 
 
 @pytest.mark.parametrize("first", range(len(IN_ORDER)))
@@ -15100,6 +15130,30 @@ def test_name_of_a_profile_does_not_climb(tmp_path: Path, name: str) -> None:
         chosen(settings_of("--auth", "profile"), env)
 
 
+def test_start_renews_a_login_by_itself_and_says_what_it_is(tmp_path: Path) -> None:
+    laid(tmp_path, {BUNDLE_FILE: ENDED_LOGIN.replace("5}", f"{time.time() + 60.1}}}")})
+    env = {"HOME": str(tmp_path), "ANTHROPIC_API_KEY": "sk-ant-api03-lying-about"}
+    log = io.StringIO()
+    with FakeUpstream([GRANTED]) as fake:
+        settings = settings_of("--port", "0", "--token-url", f"{fake.url}/token")
+        with shim.server_from(settings, env, log) as server:
+            assert fake.asked.acquire(timeout=PATIENCE)
+            text = shim.welcome(server)
+    login = json.loads((tmp_path / BUNDLE_FILE).read_text())
+    assert (login["access_token"], login["refresh_token"]) == (
+        "sk-ant-oat01-new",
+        "sk-ant-ort01-r2",
+    )
+    assert log.getvalue() == (
+        "note: also found, not used: API key from ANTHROPIC_API_KEY, billed to its Claude Console "
+        f"organisation (--auth api-key takes it)\n{shim.CLAUDE_AI_NOTICE}\n"
+    )
+    assert (
+        f"  credential  OAuth login from {tmp_path / BUNDLE_FILE}, drawn from its Claude "
+        "subscription or billed as extra usage\n"
+    ) in text
+
+
 def test_fallback_that_is_used_anyway_is_refused(tmp_path: Path) -> None:
     settings = settings_of("--fallback-auth", "api-key", "--port", "0")
     env = {"HOME": str(tmp_path), "ANTHROPIC_API_KEY": "k"}
@@ -15120,7 +15174,7 @@ def test_fallback_that_is_used_anyway_is_refused(tmp_path: Path) -> None:
             "an unknown mode",
             ["--auth", "static"],
             "--auth: expected one of auto, oauth-bundle, setup-token, api-key, auth-token, helper, "
-            "profile, federation, claude-code, passthrough, got 'static'",
+            "federation, profile, claude-code, passthrough, got 'static'",
         ),
     ],
 )
