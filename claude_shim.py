@@ -3932,6 +3932,7 @@ class Renewed(Credential):
         self._thread.start()
 
     def _keep_fresh(self) -> None:
+        self._tend()
         while not self._stopping.wait(self._pause()):
             self._tend()
 

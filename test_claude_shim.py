@@ -11040,19 +11040,19 @@ def test_log_never_breaks_on_what_its_stream_cannot_encode() -> None:
     assert raw.getvalue().endswith(b"note: next\n")
 
 
-HIDDEN = "sk-ant-oat01-s3cret/+?"
+SLASHED = "sk-ant-oat01-s3cret/+?"
 MASKED = [
-    case("as it is", f"a {HIDDEN} b", "a [secret] b"),
+    case("as it is", f"a {SLASHED} b", "a [secret] b"),
     case("percent-encoded", "k=sk-ant-oat01-s3cret%2F%2B%3F&b", "k=[secret]&b"),
-    case("in base64", base64.b64encode(HIDDEN.encode()).decode(), "[secret]w=="),
+    case("in base64", base64.b64encode(SLASHED.encode()).decode(), "[secret]w=="),
     case(
         "in base64 behind one byte",
-        base64.b64encode(b":" + HIDDEN.encode()).decode(),
+        base64.b64encode(b":" + SLASHED.encode()).decode(),
         "On[secret]8=",
     ),
     case(
         "in base64 between others, for URLs",
-        base64.urlsafe_b64encode(b"Basic user:" + HIDDEN.encode() + b"xyz").decode(),
+        base64.urlsafe_b64encode(b"Basic user:" + SLASHED.encode() + b"xyz").decode(),
         "QmFzaWMgdXNlcjp[secret]eHl6",
     ),
 ]
@@ -11060,9 +11060,9 @@ MASKED = [
 
 @pytest.mark.parametrize(("line", "expected"), MASKED)
 def test_secret_is_masked_in_every_spelling(line: str, expected: str) -> None:
-    assert shim.Log(None, [HIDDEN]).masked(line) == expected
+    assert shim.Log(None, [SLASHED]).masked(line) == expected
     later = shim.Log(None)
-    later.hide(HIDDEN)
+    later.hide(SLASHED)
     assert later.masked(line) == expected
 
 
@@ -15131,7 +15131,7 @@ def test_name_of_a_profile_does_not_climb(tmp_path: Path, name: str) -> None:
 
 
 def test_start_renews_a_login_by_itself_and_says_what_it_is(tmp_path: Path) -> None:
-    laid(tmp_path, {BUNDLE_FILE: ENDED_LOGIN.replace("5}", f"{time.time() + 60.1}}}")})
+    laid(tmp_path, {BUNDLE_FILE: ENDED_LOGIN})
     env = {"HOME": str(tmp_path), "ANTHROPIC_API_KEY": "sk-ant-api03-lying-about"}
     log = io.StringIO()
     with FakeUpstream([GRANTED]) as fake:
