@@ -4094,15 +4094,17 @@ class BundleFile(TokenSource):
         return bundle
 
     def _save(self, bundle: Bundle) -> None:
+        told = self._unsaved is bundle
         self._unsaved = bundle
         try:
             self._outside.save(self.place, bundle_text(bundle, self._document))
         except (OSError, ConfigError) as error:
             reason = getattr(error, "strerror", None) or error
-            self._outside.tell(
-                f"error: the renewed login cannot be written to {self.place}: {reason}; "
-                "it lives in this process only, and is lost when that ends: mend it soon"
-            )
+            if not told:
+                self._outside.tell(
+                    f"error: the renewed login cannot be written to {self.place}: {reason}; it "
+                    "lives in this process only, and is lost when that ends: mend it soon"
+                )
             return
         self._unsaved = None
 

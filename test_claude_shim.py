@@ -9149,7 +9149,9 @@ def test_token_that_cannot_be_written_serves_and_nobody_else_may_renew_meanwhile
     path = login_file(tmp_path)
     there = World(in_tokens("at-2"))
     there.full = True
-    credential = renewed_from(path, there)
+    client = shim.OAuthClient(("https://h.example/token",))
+    source = shim.BundleFile(path, client, there.outside)
+    credential = shim.Renewed(source, there.outside)
     assert credential.authorization({}) == shown("at-2")
     assert json.loads(Path(path).read_text())["refresh_token"] == "rt-1"
     told = f"error: the renewed login cannot be written to {path}: No space left on device; "
@@ -9159,6 +9161,8 @@ def test_token_that_cannot_be_written_serves_and_nobody_else_may_renew_meanwhile
     with pytest.raises(shim.CredentialUnavailableError) as caught:
         shim.lock_file(f"{path}.lock", 0.01)
     assert caught.value.message == f"another process does not let go of {path}.lock"
+    source.settle()
+    assert len(there.told) == 1  # once is enough
     there.full = False
     credential.close()
     assert json.loads(Path(path).read_text())["refresh_token"] == "rt-2"
