@@ -61,7 +61,6 @@ import stat
 import sys
 import threading
 import time
-import unicodedata
 import urllib.parse
 import urllib.request
 from collections import OrderedDict, deque
@@ -3563,17 +3562,16 @@ def write_secret_file(path: str, text: str) -> None:
 
     After the return it is on the disk. A missing folder is made, for the owner alone.
     """
-    import tempfile
-
     target = _own_target(path)
     folder = os.path.dirname(target)
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".claude-shim-")  # 0600 from birth
+    temporary = f"{target}.{secrets.token_hex(8)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(os.open(temporary, flags, 0o600), "wb") as file:  # 0600 from its birth
+            file.write(text.encode("utf-8"))
             file.flush()
-            os.fsync(descriptor)
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -3798,8 +3796,9 @@ def _why_no_token(answer: TokenAnswer, body: JSON, host: str, repair: str) -> Sh
         return CredentialError(f"{host} says that the login is no longer valid: {repair}")
     fields = dict(answer.headers)
     if 300 <= answer.status < 400:
-        to = urllib.parse.urlsplit(fields.get("location", "")).hostname or "elsewhere"
-        said = f"redirects to {to}, which is not followed: check --token-url"
+        to = re.match(r"https?://([A-Za-z0-9.-]{1,255})", fields.get("location", ""))
+        where = to.group(1) if to else "another page"
+        said = f"redirects to {where}, which is not followed: check --token-url"
     elif answer.status == 200:
         said = "answered with what is no token: check --token-url, or log in to your network first"
     else:
@@ -3855,9 +3854,7 @@ class Renewed(Credential):
 
     TICK = 30.0  # seconds; the clock may jump, as when a laptop wakes up
     MAX_BACKOFF = 300.0
-    MIN_INTERVAL = (
-        30.0  # between renewals that upstream's 401 asks for: the fault may lie elsewhere
-    )
+    MIN_INTERVAL = 30.0  # between renewals after a 401, whose cause may be something else
 
     def __init__(self, source: TokenSource, outside: Outside) -> None:
         self._source = source
@@ -3867,6 +3864,7 @@ class Renewed(Credential):
         self._renewed_at = -math.inf
         self._failures = 0
         self._retry_at = 0.0
+        self._wait = 0.0
         self._reason = ""
         self._told = ""
         self._stopping = threading.Event()
@@ -3915,15 +3913,15 @@ class Renewed(Credential):
 
     def _renew(self) -> None:
         now = self._outside.clock()
-        if 0 < self._retry_at - now <= self.MAX_BACKOFF:  # a longer wait: the clock was set back
+        if 0 < self._retry_at - now <= self._wait:  # if it is more, the clock was set back
             raise CredentialUnavailableError(self._reason, self._retry_at - now)
         try:
             self._bundle = self._source.renewed(self._bundle)
         except CredentialUnavailableError as error:
-            wait = min(max(error.seconds, 5.0 * 2**self._failures), self.MAX_BACKOFF)
+            self._wait = max(error.seconds, min(5.0 * 2**self._failures, self.MAX_BACKOFF))
             self._failures = min(self._failures + 1, 10)
-            self._retry_at, self._reason = self._outside.clock() + wait, error.message
-            self._outside.tell(f"warning: {error.message}; next try in {wait:.0f} s")
+            self._retry_at, self._reason = self._outside.clock() + self._wait, error.message
+            self._outside.tell(f"warning: {error.message}; next try in {self._wait:.0f} s")
             raise
         self._renewed_at, self._failures = self._outside.clock(), 0
 
@@ -3964,8 +3962,8 @@ class Renewed(Credential):
 # --- files of logins
 
 
-def _lock(descriptor: int) -> bool:
-    """Whether the lock of an open file could be taken; it ends with the file, or the process."""
+def _took_lock(descriptor: int) -> bool:
+    """Whether the lock of an open file was free; it ends with the file, or with the process."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -3976,9 +3974,7 @@ def _lock(descriptor: int) -> bool:
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            return False
-        raise
+        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # no locks here
     return True
 
 
@@ -3988,23 +3984,22 @@ LOCK_SECONDS = 40.0  # more than a renewal takes
 def lock_file(path: str, seconds: float = LOCK_SECONDS) -> Optional[int]:
     """Return a descriptor that holds the lock of `path` until it is closed.
 
-    None where files cannot be locked, as in a read-only folder; CredentialUnavailableError if
-    another process does not let go of it.
+    None where there can be no such file, as in a read-only folder; CredentialUnavailableError if
+    it is another user's, or another process does not let go of it.
     """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    descriptor: Optional[int] = None
-    deadline = time.monotonic() + seconds
     try:
         descriptor = os.open(path, flags, 0o600)
-        while not _lock(descriptor):
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                raise CredentialUnavailableError(f"another process does not let go of {path}")
-            time.sleep(0.02)
-    except OSError:
-        if descriptor is not None:
+    except OSError as error:
+        if error.errno == errno.EROFS or not os.path.lexists(path):
+            return None
+        raise CredentialUnavailableError(f"cannot open {path}: {error.strerror}") from None
+    deadline = time.monotonic() + seconds
+    while not _took_lock(descriptor):
+        if time.monotonic() > deadline:
             os.close(descriptor)
-        return None
+            raise CredentialUnavailableError(f"another process does not let go of {path}")
+        time.sleep(0.02)
     return descriptor
 
 
@@ -4039,8 +4034,9 @@ class BundleFile(TokenSource):
         self._document: JSON = {}
         self._void = ""  # the refresh token that was refused
         self._unsaved: Optional[Bundle] = None
+        self._lock_path = f"{_own_target(path)}.lock"
         self._lock: Optional[int] = None
-        folder = os.path.dirname(_own_target(path))
+        folder = os.path.dirname(self._lock_path)
         if os.path.isdir(folder) and not os.access(folder, os.W_OK):
             outside.tell(
                 f"warning: {folder} is read-only: when the login of {path} is renewed, that is "
@@ -4059,7 +4055,7 @@ class BundleFile(TokenSource):
 
     def renewed(self, old: Bundle) -> Bundle:
         if self._lock is None:
-            self._lock = lock_file(_own_target(self.place) + ".lock")
+            self._lock = lock_file(self._lock_path)
         try:
             return self._renewed_alone(old)
         finally:
@@ -4224,6 +4220,8 @@ class ClaudeCode(TokenSource):
 
 def keychain_service(config_folder: str) -> str:
     """Return the name of Claude Code's entry in the keychain; another for CLAUDE_CONFIG_DIR."""
+    import unicodedata
+
     if not config_folder:
         return KEYCHAIN_SERVICE
     folder = unicodedata.normalize("NFC", config_folder)
@@ -6877,6 +6875,8 @@ def _url(text: str) -> str:
 
 def _token_urls(text: str) -> Tuple[str, ...]:
     urls = _names(text)
+    if not urls:
+        raise ValueError("expected a URL")
     for url in urls:
         _url(url)
         host = urllib.parse.urlsplit(url).hostname or ""

@@ -8795,6 +8795,13 @@ TOKEN_ANSWERS = [
         "check --token-url",
     ),
     case(
+        "a redirect to nowhere",
+        no_tokens(302, location="http://[hunter2"),
+        503,
+        "the token endpoint h.example redirects to another page, which is not followed: "
+        "check --token-url",
+    ),
+    case(
         "nobody there",
         shim.UpstreamUnreachableError("cannot reach upstream at h.example: refused"),
         503,
@@ -9010,6 +9017,23 @@ def test_expired_token_that_cannot_be_renewed_now_is_503_with_retry_after() -> N
     assert source.asked == ["at-1"]
 
 
+def test_retry_after_of_the_endpoint_is_obeyed_and_our_own_waits_have_an_end() -> None:
+    there = World()
+    source = Rotating(
+        shim.Bundle("at-1", "rt-1", NOW - 1),
+        shim.CredentialUnavailableError("too many requests", 3600.0),
+        *[shim.CredentialUnavailableError("down")] * 8,
+    )
+    credential = shim.Renewed(source, there.outside)
+    for seconds in (0, 3599, 1, *[300] * 7):
+        there.clock.now += seconds
+        with pytest.raises(shim.CredentialUnavailableError):
+            credential.authorization({})
+    assert [line.partition("; ")[2] for line in there.told] == [
+        f"next try in {wait} s" for wait in (3600, 10, 20, 40, 80, 160, 300, 300, 300)
+    ]
+
+
 def test_clock_that_is_set_back_does_not_stretch_the_wait() -> None:
     there = World()
     down = shim.CredentialUnavailableError("h.example is down")
@@ -9189,6 +9213,13 @@ def test_read_only_folder_is_a_warning_at_the_start_and_no_crash_at_the_renewal(
 
 def test_lock_of_a_folder_that_takes_no_files_is_none(tmp_path: Path) -> None:
     assert shim.lock_file(str(tmp_path / "missing" / "f.lock"), 0.01) is None
+
+
+def test_lock_that_is_another_users_is_told_and_not_done_without(tmp_path: Path) -> None:
+    (tmp_path / "f.lock").mkdir()
+    with pytest.raises(shim.CredentialUnavailableError) as caught:
+        shim.lock_file(str(tmp_path / "f.lock"), 0.01)
+    assert caught.value.message.startswith(f"cannot open {tmp_path}/f.lock: ")
 
 
 # --- many processes, one login
