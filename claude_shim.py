@@ -90,6 +90,7 @@ __version__ = "0.1.0"
 __all__ = [
     "APIKey",
     "App",
+    "AuthToken",
     "ChatReply",
     "ChatStreamEncoder",
     "ChunkedDecoder",
@@ -5768,7 +5769,8 @@ class App:
         self._check_strict(drafts[0])
         reply = ChatReply.to(drafts[0], int(time.time()))
         asked = self._ask_all(request, questions)
-        headers = [*self._answer_headers(asked[0], drafts[0])]
+        billing = [pair for each in asked for pair in each.headers if pair[0] == BILLING_HEADER]
+        headers = [*self._answer_headers(asked[0], drafts[0]), *billing[:1]]
         if stream:
             transform = EventTransform(form.encoder(reply, self.memory.remember))
             return Response(200, headers, Stream(asked[0].source, transform), id)
@@ -5807,7 +5809,6 @@ class App:
         ignored = ",".join(dict.fromkeys(plain(name) for name in (*draft.ignored, *asked.changed)))
         ignored = ignored if len(ignored) <= 2000 else f"{ignored[:2000]}..."  # a header is short
         told = [("x-claude-shim-ignored", ignored)] if ignored else []
-        told += [(name, value) for name, value in asked.headers if name == BILLING_HEADER]
         return [*openai_headers(asked.headers, time.time()), *ids, *told]
 
     def _ask_all(self, request: Request, drafts: List[ChatDraft]) -> List[Asked]:
@@ -7221,11 +7222,20 @@ def _found_api_key(search: Search) -> Optional[Found]:
         return None
 
     def load() -> Credential:
-        return APIKey(
-            checked_api_key(read_text(path) if path else search.variable(name), name), name
-        )
+        text = _key_text(path, search.outside) if path else search.variable(name)
+        return APIKey(checked_api_key(text, name), name)
 
     return Found("api-key", name, load, bool(path))
+
+
+def _key_text(path: str, outside: Outside) -> str:
+    """The text of a key file; secrets of containers are open to others, which is a warning here."""
+    try:
+        return read_secret_file(path)
+    except ConfigError as error:
+        text = read_text(path)
+        outside.tell(f"warning: {error}")
+        return text
 
 
 def _found_auth_token(search: Search) -> Optional[Found]:
@@ -7413,8 +7423,11 @@ def fallback_from(
     """Return who pays when the first credential does not; ConfigError if that is the same."""
     if not settings.fallback_auth or settings.upstream == "echo":
         return None
-    if first.describe().kind == settings.fallback_auth:
-        raise ConfigError(f"--fallback-auth: {settings.fallback_auth} is used anyway")
+    kind = first.describe().kind
+    if kind == settings.fallback_auth:
+        raise ConfigError(f"--fallback-auth: {kind} is used anyway")
+    if kind == "passthrough":  # a client without a key of its own would spend yours
+        raise ConfigError("--fallback-auth: with --auth passthrough you would pay for everybody")
     return pinned_credential(Search(settings, environment, outside), settings.fallback_auth)
 
 

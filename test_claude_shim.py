@@ -13030,6 +13030,14 @@ def test_fallback_that_is_not_needed_pays_nothing(path: str, fine: Answer) -> No
     assert bearers(upstream) == ["sk-ant-api03-upstream"]
 
 
+def test_fallback_that_pays_for_one_of_several_choices_is_told() -> None:
+    second = shim.APIKey("sk-ant-api03-second", "the test")
+    fine, broke = streamed(*TEXT_EVENTS), refused(429, "rate_limit_error", "no")
+    app, _ = app_on(fine, broke, fine, fallback=second)
+    response = ask(app, CHAT, {**QUESTION, "n": 2})
+    assert field(response, "x-claude-shim-billing") == ["api-key"]
+
+
 def test_without_a_fallback_nobody_else_pays() -> None:
     """S1-B4."""
     app, upstream = app_on(refused(429, "rate_limit_error", "no"))
@@ -15195,6 +15203,26 @@ def test_fallback_that_is_used_anyway_is_refused(tmp_path: Path) -> None:
     with pytest.raises(shim.ConfigError) as caught:
         shim.server_from(settings, env, io.StringIO())
     assert str(caught.value) == "--fallback-auth: api-key is used anyway"
+
+
+def test_fallback_does_not_pay_for_clients_that_should_bring_their_own_key() -> None:
+    settings = settings_of("--auth", "passthrough", "--fallback-auth", "api-key", "--port", "0")
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.server_from(settings, {"ANTHROPIC_API_KEY": "k"}, io.StringIO())
+    assert str(caught.value) == (
+        "--fallback-auth: with --auth passthrough you would pay for everybody"
+    )
+
+
+@ON_POSIX
+def test_key_file_that_is_open_to_others_is_a_warning(tmp_path: Path) -> None:
+    """Docker and Kubernetes mount secrets so."""
+    path = secret_file(tmp_path / "key", "sk-ant-api03-f", 0o644)
+    there = World()
+    settings = settings_of("--api-key-file", path)
+    credential = shim.credential_from(settings, {}, there.outside)
+    assert credential.authorization({}) == [("x-api-key", "sk-ant-api03-f")]
+    assert there.told == [f"warning: {path} can be read by others: run chmod 600 {path}"]
 
 
 @pytest.mark.parametrize(
