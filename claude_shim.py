@@ -3561,13 +3561,16 @@ def _check_guarded(path: str, status: os.stat_result) -> None:
 def write_secret_file(path: str, text: str) -> None:
     """Replace a file at once, or not at all, readable by its owner alone; OSError if it failed.
 
-    After the return it is on the disk. A missing folder is made, for the owner alone.
+    After the return it is on the disk. A missing folder is made, for the owner alone. A process
+    that is killed meanwhile leaves `path`.new, which `finish_write` puts in place.
     """
     target = _own_target(path)
     folder = os.path.dirname(target)
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    temporary = f"{target}.{secrets.token_hex(8)}"
+    temporary = f"{target}.new"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
     try:
         with open(os.open(temporary, flags, 0o600), "wb") as file:  # 0600 from its birth
             file.write(text.encode("utf-8"))
@@ -3584,6 +3587,14 @@ def write_secret_file(path: str, text: str) -> None:
             os.fsync(opened)  # of the name; the bytes are safe already
         finally:
             os.close(opened)
+
+
+def finish_write(path: str, check: Callable[[str, str], object]) -> None:
+    """Put in place what a killed process wrote but did not come to put there, if it is whole."""
+    target = _own_target(path)
+    with contextlib.suppress(ConfigError, OSError):
+        check(read_secret_file(f"{target}.new"), path)
+        os.replace(f"{target}.new", target)
 
 
 # --- tokens
@@ -4057,6 +4068,8 @@ class BundleFile(TokenSource):
     def renewed(self, old: Bundle) -> Bundle:
         if self._lock is None:
             self._lock = lock_file(self._lock_path)
+        if self._lock is not None:
+            finish_write(self.place, parsed_bundle)
         try:
             return self._renewed_alone(old)
         finally:

@@ -9148,6 +9148,26 @@ def test_refused_login_is_read_again_for_a_program_without_our_lock(tmp_path: Pa
     assert credential.authorization({}) == shown("at-2")
 
 
+def test_what_a_killed_process_wrote_is_put_in_place_by_the_next(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    login = {"access_token": "at-2", "refresh_token": "rt-2", "expires_at": NOW + 3600}
+    there = World(in_tokens("never"))
+    credential = renewed_from(path, there)
+    secret_file(tmp_path / "oauth.json.new", json.dumps(login))
+    assert credential.authorization({}) == shown("at-2")
+    assert there.endpoint.requests == []
+    assert json.loads(Path(path).read_text()) == login
+    assert not (tmp_path / "oauth.json.new").exists()
+
+
+def test_half_of_what_a_killed_process_wrote_is_overwritten(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    secret_file(tmp_path / "oauth.json.new", '{"access_token": "at-')
+    assert renewed_from(path, World(in_tokens("at-2"))).authorization({}) == shown("at-2")
+    assert json.loads(Path(path).read_text())["access_token"] == "at-2"
+    assert not (tmp_path / "oauth.json.new").exists()
+
+
 def test_login_that_is_gone_is_told_with_the_command_that_makes_one(tmp_path: Path) -> None:
     path = login_file(tmp_path)
     credential = renewed_from(path, World(in_tokens("never")))
@@ -9231,10 +9251,11 @@ class RotatingLogin:
     It knows who got which token, by the process that asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.refreshes = 0
         self.reuses: List[str] = []  # that nothing excuses
-        self.orphans = 0  # tokens whose owner was killed before it could write them
+        self.orphans: Set[str] = set()  # whose successor went to a process that was killed
         self.killed: Set[int] = set()
         self._valid = ""
         self._owners: Dict[str, int] = {}  # spent refresh token -> who got the one after it
@@ -9246,11 +9267,9 @@ class RotatingLogin:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 status, answer = login.answer(body["refresh_token"], int(self.headers["x-pid"]))
                 raw = json.dumps(answer).encode()
+                head = f"HTTP/1.1 {status} -\r\ncontent-length: {len(raw)}\r\n\r\n"
                 with contextlib.suppress(OSError):
-                    self.send_response(status)
-                    self.send_header("content-length", str(len(raw)))
-                    self.end_headers()
-                    self.wfile.write(raw)
+                    self.wfile.write(head.encode() + raw)  # two writes would wait for an ACK
 
             def log_message(self, *arguments: Any) -> None:
                 pass
@@ -9278,8 +9297,9 @@ class RotatingLogin:
     def answer(self, token: str, pid: int) -> Tuple[int, JSON]:
         with self._lock:
             if token != self._valid:
-                if self._owners.get(token) in self.killed:
-                    self.orphans += 1  # no client in the world could have saved it
+                unsaved = json.loads(self.path.read_text())["refresh_token"] == token
+                if self._owners.get(token) in self.killed and unsaved:
+                    self.orphans.add(token)  # no program could have saved it
                 else:
                     self.reuses.append(f"{token} of {self._owners.get(token)} by {pid}")
                 self._valid = ""
@@ -9335,9 +9355,9 @@ class Storm(NamedTuple):
 
 def storm(folder: Path, processes: int, refreshes: int, kills: bool, disk: str = "fine") -> Storm:
     """Have processes use one login until it was renewed so many times."""
-    path, login = folder / "oauth.json", RotatingLogin()
-    chance = random.Random(4)
-    logins, killed, started = 0, 0, str(time.time())
+    path, chance = folder / "oauth.json", random.Random(4)
+    login = RotatingLogin(path)
+    logins, killed, killed_at, started = 0, 0, 1, str(time.time())
     command = [sys.executable, "-B", "-c", STORM_PROCESS, str(path), login.url, started, disk]
     running: List[subprocess.Popen[bytes]] = []
     deadline = time.monotonic() + 120
@@ -9346,7 +9366,10 @@ def storm(folder: Path, processes: int, refreshes: int, kills: bool, disk: str =
         try:
             while login.refreshes < refreshes and time.monotonic() < deadline:
                 if not login._valid:
+                    lock = shim.lock_file(f"{path}.lock")
+                    assert lock is not None
                     shim.write_secret_file(str(path), login.fresh_login())
+                    os.close(lock)
                     logins += 1
                 shim.parsed_bundle(shim.read_secret_file(str(path)), "a torn file")
                 while len(running) < processes:
@@ -9354,34 +9377,28 @@ def storm(folder: Path, processes: int, refreshes: int, kills: bool, disk: str =
                         subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
                     )
                 select.select([], [], [], chance.uniform(0.01, 0.2))
-                if kills and login.refreshes > 3:
+                if kills and login.refreshes >= killed_at + 2:
                     victim = running.pop(chance.randrange(len(running)))
                     login.killed.add(victim.pid)
                     victim.kill()
                     victim.communicate()
-                    killed += 1
+                    killed, killed_at = killed + 1, login.refreshes
         finally:
             for process in running:
                 process.communicate(timeout=30)
         last = shim.parsed_bundle(shim.read_secret_file(str(path)), "a torn file")
         valid = last.refresh_token == login._valid
-    return Storm(login.refreshes, login.reuses, logins, login.orphans, killed, valid)
+    return Storm(login.refreshes, login.reuses, logins, len(login.orphans), killed, valid)
 
 
 @ON_POSIX
-@pytest.mark.parametrize(
-    ("kills", "disk"),
-    [
-        case("in peace", False, "fine"),
-        case("on a disk that is full now and then", False, "full"),
-    ],
-)
+@pytest.mark.parametrize("disk", ["fine", "full"])
 def test_processes_that_share_a_login_never_use_a_refresh_token_twice_s1_b3(
-    tmp_path: Path, kills: bool, disk: str
+    tmp_path: Path, disk: str
 ) -> None:
     """`.ci/check_refresh.py` does it with more of them, for longer, and with kill -9."""
-    came = storm(tmp_path, 2, 12, kills, disk)
-    assert came.refreshes >= 12
+    came = storm(tmp_path, 2, 6, False, disk)
+    assert came.refreshes >= 6
     assert (came.reuses, came.logins, came.valid) == ([], 1, True)
 
 
