@@ -3591,8 +3591,8 @@ def write_secret_file(path: str, text: str) -> None:
 
 def finish_write(path: str, check: Callable[[str, str], object]) -> None:
     """Put in place what a killed process wrote but did not come to put there, if it is whole."""
-    target = _own_target(path)
     with contextlib.suppress(ConfigError, OSError):
+        target = _own_target(path)
         check(read_secret_file(f"{target}.new"), path)
         os.replace(f"{target}.new", target)
 
@@ -3794,7 +3794,7 @@ def granted(outside: Outside, client: OAuthClient, fields: Dict[str, str]) -> Bu
     bundle = Bundle(
         token,
         refresh if isinstance(refresh, str) else "",
-        outside.clock() + min(max(float(lifetime), MIN_LIFETIME), MAX_LIFETIME),
+        outside.clock() + min(max(lifetime, MIN_LIFETIME), MAX_LIFETIME),
     )
     hide_bundle(outside, bundle)
     return bundle
@@ -7175,6 +7175,7 @@ NO_CREDENTIAL = """claude_shim needs a credential for Claude. Give it one of:
   1. ANTHROPIC_API_KEY=sk-ant-...   an API key from platform.claude.com, in the environment
   2. --api-key-file FILE            the same, in a file that only you can read
   3. --auth passthrough             every client sends a key of its own
+Logins, profiles and other kinds are in the README, under Credentials.
 Or try it without any: python claude_shim.py --upstream echo"""
 
 

@@ -8825,6 +8825,7 @@ LIFETIMES = [
     case("never less than two minutes, for the endpoint's sake", 0, NOW + 120),
     case("never in the past", -5, NOW + 120),
     case("never beyond ten years", 1e300, NOW + 315_360_000),
+    case("nor by a number that no float holds", 10**400, NOW + 315_360_000),
 ]
 
 
@@ -14535,8 +14536,9 @@ def settings_of(
 
 
 def chosen(settings: shim.Settings, env: Dict[str, str]) -> shim.Credential:
-    """The credential that these come to."""
-    return shim.credential_from(settings, env, shim.outside(settings, shim.Log()))
+    """The credential that these come to, where there is no keychain."""
+    outside = shim.outside(settings, shim.Log())._replace(run=run_of(44, ""))
+    return shim.credential_from(settings, env, outside)
 
 
 def test_options_are_the_fields_of_settings() -> None:
