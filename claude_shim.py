@@ -42,6 +42,7 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import heapq
 import hmac
 import http.server
 import ipaddress
@@ -53,6 +54,7 @@ import os
 import re
 import secrets
 import select
+import selectors
 import signal
 import socket
 import socketserver
@@ -63,6 +65,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import zlib
 from collections import OrderedDict, deque
 from datetime import datetime, timezone
 from typing import (
@@ -71,6 +74,7 @@ from typing import (
     Deque,
     Dict,
     FrozenSet,
+    Generator,
     Iterable,
     Iterator,
     List,
@@ -79,9 +83,11 @@ from typing import (
     Optional,
     Pattern,
     Sequence,
+    Set,
     TextIO,
     Tuple,
     Type,
+    TypeVar,
     Union,
 )
 
@@ -122,6 +128,7 @@ __all__ = [
 
 JSON = Dict[str, Any]  # an object on the wire: checked once at the edge, unknown fields survive
 HeaderList = List[Tuple[str, str]]
+Outcome = TypeVar("Outcome")
 
 
 # ----------------------------------------------------------------------
@@ -216,7 +223,13 @@ class TargetTooLongError(ProtocolError):
 
 
 class UnsupportedEncodingError(ProtocolError):
-    """415: the body is compressed."""
+    """415: the body has a coding that is not known here; carries `Accept-Encoding`."""
+
+    status = 415
+
+
+class UnsupportedTypeError(RequestError):
+    """415: the body has a type that a form of any web page could have sent."""
 
     status = 415
 
@@ -243,6 +256,19 @@ class VersionNotSupportedError(ProtocolError):
     """505: neither HTTP/1.0 nor HTTP/1.1."""
 
     status = 505
+
+
+class OverloadedError(ShimError):
+    """529: more requests wait than are let in."""
+
+    status = 529
+    type = "overloaded_error"
+
+
+class ShuttingDownError(ShimError):
+    """503: the server is being stopped."""
+
+    status = 503
 
 
 class UpstreamError(ShimError):
@@ -401,10 +427,13 @@ def error_from_event(event: JSON) -> UpstreamError:
 
 # json.loads recurses in C: CPython 3.13 crashes the process at some 5,000 levels in a small stack.
 MAX_JSON_DEPTH = 200
+# 32 MiB of "[]," would become a gigabyte; a long conversation with many tools has some 10,000.
+MAX_JSON_VALUES = 500_000
+MAX_JSON_DIGITS = 308  # of a whole number: what a double can hold, as for the others
 
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_NOT_BRACKET = re.compile(r"[^\[\]{}]+")
-_STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
+_HALF = re.compile(r"[\ud800-\udfff]")  # the parser joined what is a pair
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -415,11 +444,12 @@ def dumps(value: Any) -> bytes:
 
 def loads(body: bytes) -> Any:
     """Return the value of a JSON text in UTF-8; ValueError says in a sentence what is wrong."""
+    opening = body.count(b"[") + body.count(b"{")
+    if opening > MAX_JSON_DEPTH or opening + body.count(b",") > MAX_JSON_VALUES:
+        _check_structure(body)
     text = body.decode("utf-8")
     if text.startswith("\ufeff"):
         text = text[1:]
-    if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
-        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     value = loads_text(text)
     return _without_surrogates(value) if _SURROGATE_ESCAPE.search(text) else value
 
@@ -435,7 +465,9 @@ def loads_object(body: bytes) -> JSON:
         value = loads(body)
     except ValueError as error:
         reason = (
-            "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"is not JSON: {error}"
+            "is not UTF-8"
+            if isinstance(error, UnicodeDecodeError)
+            else f"cannot be read as JSON: {error}"
         )
         raise RequestError(f"the request body {reason}") from None
     return as_object(value, "the request body")
@@ -471,9 +503,32 @@ def _skipped(text: str, position: int, mark: str) -> int:
     return _skipped(text, position + 1, "")
 
 
-def _depth(text: str) -> int:
-    brackets = _NOT_BRACKET.sub("", _STRING.sub("", text))
-    return max(itertools.accumulate(map(_STEP.__getitem__, brackets)), default=0)
+def _check_structure(body: bytes) -> None:
+    """Refuse what the parser would turn into far more stack or memory than it has bytes."""
+    depth = values = 0
+    for text in _outside_strings(body):
+        values += text.count(b"[") + text.count(b"{") + text.count(b",")
+        if values > MAX_JSON_VALUES:
+            raise ValueError(f"it has more than {MAX_JSON_VALUES} values")
+        steps = map(_STEP.__getitem__, text.translate(None, _NOT_BRACKET))
+        levels = list(itertools.accumulate(steps, initial=depth))
+        if max(levels) > MAX_JSON_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
+        depth = levels[-1]
+
+
+def _outside_strings(body: bytes) -> Iterator[bytes]:
+    """What stands outside of strings, in pieces: in linear time and little memory for any bytes.
+
+    A regular expression for strings takes quadratic time where one is not closed.
+    """
+    if b"\\" in body:
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    inside = 0
+    for start in range(0, len(body), 1 << 16):
+        pieces = body[start : start + (1 << 16)].split(b'"')
+        yield b"".join(pieces[inside::2])
+        inside ^= len(pieces) & 1 ^ 1
 
 
 def _no_constant(name: str) -> Any:
@@ -487,10 +542,16 @@ def _finite(text: str) -> float:
     return number
 
 
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_JSON_DIGITS:  # and int() of many digits takes quadratic time
+        raise ValueError(f"the number {text[:20]}... is too large")
+    return int(text)
+
+
 def _without_surrogates(value: Any) -> Any:
     """Half a surrogate pair is no character, and Anthropic refuses it: it becomes U+FFFD."""
     if isinstance(value, str):
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return _HALF.sub("\ufffd", value)
     if isinstance(value, list):
         return [_without_surrogates(item) for item in value]
     if isinstance(value, dict):
@@ -499,7 +560,9 @@ def _without_surrogates(value: Any) -> Any:
 
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # made once: that is slow
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(
+    parse_constant=_no_constant, parse_float=_finite, parse_int=_whole_number
+)
 
 
 def as_object(value: Any, path: str) -> JSON:
@@ -827,12 +890,13 @@ MAX_EVENT_BYTES = 16 << 20  # a web search result is the largest event known, so
 _MAX_CHUNK_LINE = 1024
 _MAX_TRAILER = 16 << 10
 
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
-
-
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]{0,10}(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
 _CHUNK_START = re.compile(rb"(?:[0-9A-Fa-f]{1,8}[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?")
-
-_TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n){0,64}")
+# Trailers that would frame or route are a trap (RFC 9110 6.5.1); the others are not used.
+_TRAILERS = re.compile(
+    rb"(?:(?=[^\n]{1,1023}\n)(?!(?i:content-length|transfer-encoding|host):)"
+    rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n){0,64}"
+)
 
 
 class ChunkedDecoder:
@@ -1863,8 +1927,7 @@ class MessageAssembler(EventSink):
         elif delta.get("type") == "signature_delta":
             block["signature"] = delta.get("signature")
         else:
-            piece = delta.get(DELTA_TEXT.get(str(delta.get("type")), ""))
-            self._pieces.append(piece if isinstance(piece, str) else "")
+            self._pieces.append(delta_text(delta))
         return b""
 
     def _on_content_block_stop(self, event: JSON) -> bytes:
@@ -1900,6 +1963,13 @@ DELTA_TEXT = {
 }
 
 
+def delta_text(delta: JSON) -> str:
+    """Return the piece of text that a delta brings; an empty string for one of another kind."""
+    member = DELTA_TEXT.get(str(delta.get("type")))
+    piece = delta.get(member) if member else None
+    return piece if isinstance(piece, str) else ""
+
+
 def _parsed_input(text: str, given: Any) -> JSON:
     if not text.strip():
         return {"input": object_or_empty(given)}
@@ -1915,7 +1985,8 @@ def _parsed_input(text: str, given: Any) -> JSON:
 # that differs in one byte takes the way through the JSON parser.
 _TEXT_DELTA = (
     rb"event: content_block_delta\n"
-    rb'data: \{"type":"content_block_delta","index":\d{1,6},"delta":\{"type":"text_delta","text":"'
+    rb'data: \{"type":"content_block_delta","index":(?:0|[1-9]\d{0,5}),'
+    rb'"delta":\{"type":"text_delta","text":"'
     rb'(?!")(%b[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*)"\} *\}\n\n'
 )
 TEXT_DELTA = re.compile(_TEXT_DELTA % b"")
@@ -3159,11 +3230,11 @@ class ChatStreamEncoder(EventSink):
 
     def _on_content_block_delta(self, event: JSON) -> bytes:
         delta = object_or_empty(event.get("delta"))
-        piece = delta.get(DELTA_TEXT.get(str(delta.get("type")), ""))
+        piece = delta_text(delta)
         if delta.get("type") != "text_delta" or self._reply.annotated:
             self._message.feed(event)
         block = self._open_block()
-        if not isinstance(piece, str) or not piece or block.get("type") not in _SHOWN_BLOCKS:
+        if not piece or block.get("type") not in _SHOWN_BLOCKS:
             return b""
         if delta["type"] == "text_delta":
             return self._text(piece)
@@ -3375,6 +3446,10 @@ class Credential:
 
     def close(self) -> None:
         """Stop renewing it, after the renewal that is under way."""
+
+    def ready(self) -> bool:
+        """Return whether `authorization` takes no time."""
+        return True
 
 
 class APIKey(Credential):
@@ -3890,6 +3965,9 @@ class Renewed(Credential):
     def describe(self) -> Description:
         return Description(self._source.kind, self._source.place, self._bundle.expires_at)
 
+    def ready(self) -> bool:
+        return self._good(self._bundle, self._source.margin + 1.0)
+
     def _good(self, bundle: Bundle, margin: float = 0.0) -> bool:
         return bundle.expires_at is None or self._outside.clock() < bundle.expires_at - margin
 
@@ -4393,6 +4471,8 @@ class ClientWatch:
         """Return whether `sock` became readable in time; ClientGone as soon as the client left."""
         deadline = time.monotonic() + timeout
         while True:
+            if self._sock is not None and self._sock.fileno() < 0:
+                raise ClientGone()
             watched = [s for s in (sock, self._sock) if s is not None]
             ready = readable(watched, deadline - time.monotonic()) if watched else []
             if self._sock in ready:
@@ -4418,7 +4498,8 @@ class ClientWatch:
     def _look(self) -> None:
         """Bytes are the next request, sent early: then there is nothing more to see here."""
         try:
-            gone = self._sock is not None and not self._sock.recv(1, socket.MSG_PEEK)
+            # Not the method of a TLS socket, which would take the byte as well.
+            gone = self._sock is not None and not socket.socket.recv(self._sock, 1, socket.MSG_PEEK)
         except BlockingIOError:
             return
         except OSError:
@@ -4437,17 +4518,41 @@ class UpstreamRequest(NamedTuple):
     body: bytes
     watch: ClientWatch = ClientWatch()
     patience: Optional[float] = None  # seconds until the head, where less than usual will do
+    delay: float = 0.0  # seconds to wait before it is sent
+    fresh: bool = False  # over a new connection
 
 
 class Source:
-    """Body bytes that are still coming: `read` until b"", then `close`; or `drop` at any time."""
+    """Body bytes that are still coming: `read` until b"", then `close`; or `drop` at any time.
 
-    sock: Optional[socket.socket] = None  # to wait on; None when `read` never waits
+    Nothing here waits: what takes time at the end of a part is handed out as `resumption`.
+    """
+
+    sock: Optional[socket.socket] = None  # to wait on; None when all is at hand
     silence_seconds = 300.0  # after which the rest is not waited for
+    deadline = math.inf  # of time.monotonic(), for all of it
+
+    def check_time(self, silent: float) -> None:
+        """Raise UpstreamTimeoutError after too many `silent` seconds, or too many in all."""
+        if time.monotonic() >= self.deadline:
+            raise UpstreamTimeoutError("the answer took longer than the total limit")
+        if silent >= self.silence_seconds:
+            raise UpstreamTimeoutError("upstream fell silent in the middle of the answer")
 
     def ready(self) -> bool:
         """Return whether `read` has bytes at hand."""
         return True
+
+    def rests(self) -> bool:
+        """Return whether the answer is read to its end, after reading what is at hand."""
+        return True
+
+    def resumption(self) -> Optional[Callable[[], None]]:
+        """Return what must be called, and may take long, before more comes; None: there is no more.
+
+        To be asked once, after `read` returned b"".
+        """
+        return None
 
     def read(self) -> Optional[bytes]:
         """Return the next burst, None if it is not whole yet, b"" at the regular end.
@@ -4499,6 +4604,13 @@ class Upstream:
         """Return the head of the answer; a ShimError when there is none."""
         raise NotImplementedError
 
+    def begin(self, request: UpstreamRequest, connects: bool) -> Optional[UpstreamConnection]:
+        """Send a request without waiting for the answer; None: `send` must do it.
+
+        Without `connects` it takes no time, and so only an idle connection will do.
+        """
+        return None
+
     def close(self) -> None:
         """Let go of idle connections."""
 
@@ -4546,11 +4658,32 @@ def response_framing(status: int, headers: HeaderList) -> Framing:
     return Framing(False, int(lengths[0]) if lengths else None, keep and bool(lengths))
 
 
+class Way(NamedTuple):
+    """What all requests over a connection have in common."""
+
+    target: str  # before the path: of the base URL, or all of it for a proxy
+    fields: str  # lines of the head
+
+    def head(self, request: UpstreamRequest) -> bytes:
+        """Return the head of a request; RequestError if a field could break out of its line."""
+        fields = request.headers
+        if request.body or request.method not in ("GET", "HEAD"):
+            fields = [*fields, ("Content-Length", str(len(request.body)))]
+        line = f"{request.method} {self.target}{request.path} HTTP/1.1"
+        if _UNSAFE_HEADER.search("".join([line, *itertools.chain.from_iterable(fields)])):
+            raise RequestError("a header for upstream holds a control character")
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+        return f"{line}\r\n{self.fields}{lines}\r\n".encode("latin-1")
+
+
 class UpstreamConnection(Source):
     """One connection: a request out, a head in, then the source of the body."""
 
-    def __init__(self, sock: socket.socket, limits: Limits, release: Callable[..., None]) -> None:
+    def __init__(
+        self, sock: socket.socket, way: Way, limits: Limits, release: Callable[..., None]
+    ) -> None:
         self.sock: socket.socket = sock
+        self._way = way
         self.used = False  # has carried an answer before
         self.idle_since = 0.0
         self.silence_seconds = limits.silence
@@ -4563,69 +4696,85 @@ class UpstreamConnection(Source):
         self._persistent = True
         self._given_back = False
         self._finished = False
-        self._deadline = 0.0
+        self._begun = False  # a head of 1xx has come
+        self.head_deadline = 0.0
 
-    def exchange(self, head: bytes, request: UpstreamRequest) -> UpstreamResponse:
-        """Send a request and return its answer's head; OSError if the connection broke before."""
-        self._deadline = time.monotonic() + (request.patience or self._limits.total)
-        self._finished = False
+    def begin(self, request: UpstreamRequest) -> None:
+        """Send a request; OSError if the connection broke."""
+        now = time.monotonic()
+        self.deadline = now + (request.patience or self._limits.total)
+        self.head_deadline = now + (request.patience or self._limits.first_byte)
         if request.patience:
             self.silence_seconds = request.patience
         try:
-            self._send(head, request)
+            self._send(self._way.head(request), request)
         except (BrokenPipeError, ConnectionResetError):
-            if not self.used and readable([self.sock], 0.5):
-                pass  # an early refusal, such as 413, may be waiting
-            else:
-                raise
-        status, headers = self._read_head(request)
+            if self.used or not readable([self.sock], 0.5):
+                raise  # else an early refusal, such as 413, may be waiting
+
+    def _send(self, head: bytes, request: UpstreamRequest) -> None:
+        # One packet is faster than two, but a large body is not copied for that.
+        pieces = [head + request.body] if len(request.body) < _PIECE else [head, request.body]
+        for piece in pieces:
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[self._sent(rest[:_PIECE]) :]
+                if rest and not request.watch.wait_writable(self.sock, self._limits.silence):
+                    raise UpstreamTimeoutError("upstream does not read the request")
+
+    def _sent(self, piece: memoryview) -> int:
+        try:
+            return self.sock.send(piece)
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            return 0
+
+    def answer(self) -> Optional[UpstreamResponse]:
+        """Return the answer if its head has come, which its body may still follow; reads once.
+
+        OSError if the connection broke before a byte of it.
+        """
+        burst = self._head_burst()
+        self._buffer += burst or b""
+        while burst:
+            end = self._buffer.find(b"\r\n\r\n")
+            if end < 0:
+                break
+            status, headers = parsed_response_head(self._buffer[:end])
+            self._persistent = self._buffer.startswith(b"HTTP/1.1")
+            self._buffer = self._buffer[end + 4 :]
+            self._begun = True
+            if status >= 200:  # else 100 Continue, 103 Early Hints
+                return self._framed(status, headers)
+        if len(self._buffer) > MAX_HEAD_BYTES:
+            raise UpstreamCutError("upstream sent an endless response head")
+        return None
+
+    def _framed(self, status: int, headers: HeaderList) -> UpstreamResponse:
         framing = response_framing(status, headers)
         self._chunks = ChunkedDecoder() if framing.chunked else None
         self._left, self._keep = framing.length, framing.keep and self._persistent
         return UpstreamResponse(status, headers, self)
 
-    def _send(self, head: bytes, request: UpstreamRequest) -> None:
-        if len(request.body) < _PIECE:
-            self.sock.sendall(head + request.body)  # one packet is faster than two
-            return
-        self.sock.sendall(head)
-        rest = memoryview(request.body)
-        while rest:
-            if not request.watch.wait_writable(self.sock, self._limits.silence):
-                raise UpstreamTimeoutError("upstream does not read the request")
-            rest = rest[self.sock.send(rest[:_PIECE]) :]
-
-    def _read_head(self, request: UpstreamRequest) -> Tuple[int, HeaderList]:
-        deadline = time.monotonic() + (request.patience or self._limits.first_byte)
-        begun = False
-        while True:
-            end = self._buffer.find(b"\r\n\r\n")
-            if end >= 0:
-                status, headers = parsed_response_head(self._buffer[:end])
-                self._persistent = self._buffer.startswith(b"HTTP/1.1")
-                self._buffer = self._buffer[end + 4 :]
-                if status >= 200:
-                    return status, headers
-                begun = True
-                continue  # 100 Continue, 103 Early Hints
-            if len(self._buffer) > MAX_HEAD_BYTES:
-                raise UpstreamCutError("upstream sent an endless response head")
-            begun = begun or bool(self._buffer)
-            self._buffer += self._head_burst(request, deadline, begun)
-
-    def _head_burst(self, request: UpstreamRequest, deadline: float, begun: bool) -> bytes:
-        left = deadline - time.monotonic()
-        if left <= 0 or not (self._pending() or request.watch.wait(self.sock, left)):
-            raise UpstreamTimeoutError("upstream did not start to answer in time")
+    def _head_burst(self) -> Optional[bytes]:
         try:
             burst = self._received_now()
-            if burst or burst is None:
-                return burst or b""
-            raise ConnectionResetError("upstream closed the connection without an answer")
-        except ConnectionError as error:
-            if begun:  # then it may have acted on the request
+            if burst == b"":
+                raise ConnectionResetError("upstream closed the connection without an answer")
+        except (ConnectionError, ssl.SSLError) as error:
+            if self._begun or self._buffer:  # then it may have acted on the request
                 raise UpstreamCutError(f"upstream broke off in the head: {error}") from None
             raise
+        return burst
+
+    def awaited_answer(self, request: UpstreamRequest) -> UpstreamResponse:
+        """Return the answer, waiting for its head; ClientGone as soon as the client left."""
+        while True:
+            left = self.head_deadline - time.monotonic()
+            if left <= 0 or not (self._pending() or request.watch.wait(self.sock, left)):
+                raise UpstreamTimeoutError(NO_ANSWER_IN_TIME)
+            answer = self.answer()
+            if answer is not None:
+                return answer
 
     def _pending(self) -> bool:
         return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
@@ -4645,30 +4794,17 @@ class UpstreamConnection(Source):
         return self._finished or self._left == 0 or (self._chunks is not None and self._chunks.done)
 
     def _receive(self) -> Optional[bytes]:
-        if time.monotonic() > self._deadline:
-            raise UpstreamTimeoutError("the answer took longer than the total limit")
         try:
             return self._received_now()
-        except socket.timeout:
-            raise UpstreamTimeoutError("upstream fell silent in the middle of the answer") from None
         except OSError as error:
             raise UpstreamCutError(f"the connection to upstream broke: {error}") from None
 
     def _received_now(self) -> Optional[bytes]:
-        """What came; None if TLS kept it: session tickets and half records make no bytes.
-
-        A plain socket is read when it is readable, and so does not wait.
-        """
-        if not isinstance(self.sock, ssl.SSLSocket):
-            return self.sock.recv(_BURST)
-        timeout = self.sock.gettimeout()
-        self.sock.settimeout(0)
+        """What came; None when there is nothing, or only TLS's own: tickets and half records."""
         try:
             return self.sock.recv(_BURST)
-        except (ssl.SSLWantReadError, BlockingIOError):
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
-        finally:
-            self.sock.settimeout(timeout)
 
     def _decoded(self, burst: bytes) -> bytes:
         if self._chunks is None and self._left is None:
@@ -4687,17 +4823,16 @@ class UpstreamConnection(Source):
         return body
 
     def close(self) -> None:
-        if self._keep and self._rests():
-            heir = UpstreamConnection(self.sock, self._limits, self._release)
+        if self._keep and self.rests():
+            heir = UpstreamConnection(self.sock, self._way, self._limits, self._release)
             heir.used = self._given_back = True  # a late `drop` must not close what is another's
             self._release(heir)
         else:
             self.drop()
 
-    def _rests(self) -> bool:
-        """Whether the answer is read to its end; the last bytes may be on their way still."""
+    def rests(self) -> bool:
         with contextlib.suppress(ShimError):
-            if not self._at_end() and (self.ready() or readable([self.sock], 0.05)):
+            if not self._at_end():
                 self.read()
         return self._at_end() and not self._buffer and not (self._chunks and self._chunks.rest)
 
@@ -4708,43 +4843,27 @@ class UpstreamConnection(Source):
                 self.sock.close()
 
 
-class PooledHandler(urllib.request.BaseHandler):
-    """urllib's http: and https: over kept-alive connections.
+# How a connection fails that was closed while it was idle.
+STALE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+NO_ANSWER_IN_TIME = "upstream did not start to answer in time"
 
-    The last one used is taken first. One that was closed meanwhile is noticed when it turns
-    readable; a request that finds out too late is sent again, on a new connection, only if not a
-    byte of an answer had come.
+
+class IdleConnections:
+    """Connections that carried an answer to its end; the last one used is taken first.
+
+    One that was closed meanwhile is noticed when it turns readable.
     """
 
     IDLE_SECONDS = 30.0  # less than servers keep one open
     MAX_IDLE = 64
 
-    def __init__(self, limits: Limits, context: Optional[ssl.SSLContext]) -> None:
-        self._limits = limits
-        self._context = context
+    def __init__(self) -> None:
         self._idle: List[UpstreamConnection] = []
         self._lock = threading.Lock()
         self._closed = False
 
-    def http_open(self, call: UpstreamCall) -> UpstreamResponse:
-        head = call.head()
-        taken = self._taken()
-        while True:
-            connection, taken = taken or self._connected(call), None
-            try:
-                return connection.exchange(head, call.request)
-            except OSError as error:
-                connection.drop()
-                stale = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
-                if not (connection.used and isinstance(error, stale)):
-                    raise UpstreamCutError(f"no answer from upstream: {error}") from None
-            except BaseException:
-                connection.drop()
-                raise
-
-    https_open = http_open
-
-    def _taken(self) -> Optional[UpstreamConnection]:
+    def taken(self) -> Optional[UpstreamConnection]:
+        """Return a connection that seems to be open still, or None."""
         while True:
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
@@ -4773,6 +4892,23 @@ class PooledHandler(urllib.request.BaseHandler):
         for connection in idle:
             connection.drop()
 
+
+class ConnectingHandler(urllib.request.BaseHandler):
+    """urllib's http: and https: for a new connection, which then carries requests by itself."""
+
+    def __init__(
+        self, limits: Limits, context: Optional[ssl.SSLContext], idle: IdleConnections
+    ) -> None:
+        self._limits = limits
+        self._context = context
+        self._release = idle.release
+
+    def http_open(self, call: UpstreamCall) -> UpstreamConnection:
+        """Return an open connection; UpstreamUnreachableError says why there is none."""
+        return self._connected(call)
+
+    https_open = http_open
+
     def _connected(self, call: UpstreamCall) -> UpstreamConnection:
         host = call.host
         try:
@@ -4785,14 +4921,14 @@ class PooledHandler(urllib.request.BaseHandler):
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock = self._secured(sock, call)
-            sock.settimeout(self._limits.silence)
+            sock.setblocking(False)
         except OSError as error:
             sock.close()
             raise UpstreamUnreachableError(_tls_sentence(host, error)) from None
         except BaseException:
             sock.close()
             raise
-        return UpstreamConnection(sock, self._limits, self.release)
+        return UpstreamConnection(sock, call.way(), self._limits, self._release)
 
     def _secured(self, sock: socket.socket, call: UpstreamCall) -> socket.socket:
         if call.type != "https" and not call.tunnel:
@@ -4831,13 +4967,11 @@ def _tls_sentence(host: str, error: OSError) -> str:
 
 
 class UpstreamCall(urllib.request.Request):
-    """An UpstreamRequest on its way through urllib's handlers."""
+    """A base URL on its way through urllib's handlers, with the fields of every request."""
 
-    def __init__(self, base_url: str, request: UpstreamRequest) -> None:
-        # With a host of origin given, urllib does not parse the URL a second time.
-        super().__init__(base_url + request.path, origin_req_host="", method=request.method)
-        self.request = request
-        self._origin = self.host
+    def __init__(self, base_url: str, fields: HeaderList) -> None:
+        super().__init__(base_url)
+        self._fields = [("Host", self.host), *fields, ("Accept-Encoding", "identity")]
 
     @property
     def tunnel(self) -> str:
@@ -4848,25 +4982,23 @@ class UpstreamCall(urllib.request.Request):
         """Return what ProxyHandler made of the user and password in the proxy's URL."""
         return str(self.headers.get("Proxy-authorization") or "")
 
-    def head(self) -> bytes:
-        """Return the request head; ValueError if a field could break out of its line."""
-        fields = [("Host", self._origin), *self.request.headers, ("Accept-Encoding", "identity")]
-        if self.request.body or self.request.method not in ("GET", "HEAD"):
-            fields.append(("Content-Length", str(len(self.request.body))))
+    def way(self) -> Way:
+        """Return what a request needs to take this way."""
+        fields = self._fields
         if not self.tunnel and self.proxy_authorization():
-            fields.append(("Proxy-Authorization", self.proxy_authorization()))
-        lines = [f"{self.request.method} {self.selector} HTTP/1.1"]
-        lines += [f"{name}: {value}" for name, value in fields]
-        if any(_UNSAFE_HEADER.search(line) for line in lines):
-            raise RequestError("a header for upstream holds a control character")
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+            fields = [*fields, ("Proxy-Authorization", self.proxy_authorization())]
+        if _UNSAFE_HEADER.search("".join(itertools.chain.from_iterable(fields))):
+            raise ConfigError("a header to add upstream holds a control character")
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+        return Way(self.selector.rstrip("/"), lines)
 
 
 class HTTPUpstream(Upstream):
     """The Messages API at `url`, or any gateway that speaks it.
 
     `extra_headers` go with every request (for a corporate gateway). Proxies come from the
-    environment, as urllib reads it; never for a loopback upstream.
+    environment, as urllib reads it; never for a loopback upstream. A request that finds its
+    connection closed is sent again, on a new one, only if not a byte of an answer had come.
     """
 
     def __init__(
@@ -4881,24 +5013,54 @@ class HTTPUpstream(Upstream):
         self._extra_headers = list(extra_headers)
         if context is None and self.url.startswith("https:"):
             context = ssl.create_default_context()
-        self._handler = PooledHandler(limits, context)
+        self._idle = IdleConnections()
         self._opener = (
             urllib.request.OpenerDirector()
         )  # without its redirect, file: and ftp: handlers
         proxies = proxies_for(self.url)
         if proxies:
             self._opener.add_handler(urllib.request.ProxyHandler(proxies))
-        self._opener.add_handler(self._handler)
+        self._opener.add_handler(ConnectingHandler(limits, context, self._idle))
+
+    def _connected(self) -> UpstreamConnection:
+        connection: Any = self._opener.open(UpstreamCall(self.url, self._extra_headers))
+        assert isinstance(connection, UpstreamConnection)
+        return connection
+
+    def begin(self, request: UpstreamRequest, connects: bool) -> Optional[UpstreamConnection]:
+        taken = None if request.fresh else self._idle.taken()
+        while taken or connects:
+            connection, taken = taken or self._connected(), None
+            try:
+                connection.begin(request)
+                return connection
+            except OSError as error:
+                connection.drop()
+                if not (connection.used and isinstance(error, STALE)):
+                    raise UpstreamCutError(f"no answer from upstream: {error}") from None
+            except BaseException:
+                connection.drop()
+                raise
+        return None
 
     def send(self, request: UpstreamRequest) -> UpstreamResponse:
         """Return the head of the answer; a ShimError when there is none, ClientGone on hang-up."""
-        headers = [*request.headers, *self._extra_headers]
-        response: Any = self._opener.open(UpstreamCall(self.url, request._replace(headers=headers)))
-        assert isinstance(response, UpstreamResponse)
-        return response
+        while True:
+            connection = self.begin(request, True)
+            assert connection is not None
+            try:
+                return connection.awaited_answer(request)
+            except OSError as error:
+                connection.drop()
+                if not (connection.used and isinstance(error, STALE)):
+                    raise UpstreamCutError(f"no answer from upstream: {error}") from None
+                request = request._replace(fresh=True)
+            except BaseException:
+                connection.drop()
+                raise
 
     def close(self) -> None:
-        self._handler.close_all()
+        self._idle.close_all()
 
 
 def proxies_for(url: str) -> Dict[str, str]:
@@ -4935,6 +5097,8 @@ class RetryPolicy(NamedTuple):
     patience: float = 20.0  # seconds of waiting in all
 
 
+NO_RETRIES = RetryPolicy(0)
+
 _TRANSIENT = frozenset({408, 409, 500, 502, 503, 504, 529})
 
 
@@ -4962,31 +5126,36 @@ def _retry_after(fields: Dict[str, str]) -> Optional[float]:
     return None
 
 
+# What asks upstream yields requests and is sent the answers, or a ShimError is thrown in. So it
+# need not know who waits: a worker or the relay of section 13, or `driven`.
+Conversation = Generator[UpstreamRequest, UpstreamResponse, Outcome]
+
+
 def send_with_retries(
-    upstream: Upstream, request: UpstreamRequest, policy: RetryPolicy
-) -> UpstreamResponse:
+    request: UpstreamRequest, policy: RetryPolicy
+) -> Conversation[UpstreamResponse]:
     """Return upstream's answer after as many tries as `policy` allows, all before a byte is shown.
 
     An answer that ends the tries says `x-should-retry: false`: clients would multiply them.
     """
     waited = 0.0
     for attempt in itertools.count():
-        answer = _tried(upstream, request)
+        answer = yield from _tried(request)
         delay = retry_delay(answer.status, answer.headers, attempt)
         if delay is None or attempt >= policy.retries or waited + delay > policy.patience:
             return _final(answer, tries_spent=attempt > 0 and delay is not None)
         if isinstance(answer, UpstreamResponse):
             answer.source.close()
-        request.watch.wait(None, delay)
+        request = request._replace(delay=delay)
         waited += delay
     raise AssertionError
 
 
 def _tried(
-    upstream: Upstream, request: UpstreamRequest
-) -> Union[UpstreamResponse, UpstreamUnreachableError]:
+    request: UpstreamRequest,
+) -> Conversation[Union[UpstreamResponse, UpstreamUnreachableError]]:
     try:
-        return upstream.send(request)
+        return (yield request)
     except UpstreamUnreachableError as error:
         return error
 
@@ -5003,6 +5172,33 @@ def _final(
     if isinstance(answer, UpstreamResponse):
         return answer
     raise answer
+
+
+def answer_or_failure(
+    upstream: Upstream, request: UpstreamRequest
+) -> Union[UpstreamResponse, ShimError, ClientGone]:
+    """Return upstream's answer to a request that is sent after its delay, or why there is none."""
+    try:
+        if request.delay:
+            request.watch.wait(None, request.delay)
+        return upstream.send(request)
+    except (ShimError, ClientGone) as error:
+        return error
+
+
+def driven(conversation: Conversation[Outcome], upstream: Upstream) -> Outcome:
+    """Return what a conversation comes to, waiting for each of its answers."""
+    try:
+        request = next(conversation)
+        while True:
+            answer = answer_or_failure(upstream, request)
+            if isinstance(answer, UpstreamResponse):
+                request = conversation.send(answer)
+            else:
+                request = conversation.throw(answer)
+    except StopIteration as stop:
+        outcome: Outcome = stop.value
+        return outcome
 
 
 # ----------------------------------------------------------------------
@@ -5135,22 +5331,30 @@ class EchoUpstream(Upstream):
         """Return the echo's answer, an error body included."""
         path = request.path.partition("?")[0]
         if path == "/v1/messages" and request.method == "POST":
-            return self._message(loads_object(request.body))
+            return self._message(self._checked(request.body))
         if path == "/v1/messages/count_tokens" and request.method == "POST":
-            return self._json(200, {"input_tokens": echo_tokens(loads_object(request.body))})
+            return self._json(200, {"input_tokens": echo_tokens(self._checked(request.body))})
         if path == "/v1/models":
             return self._json(200, {"data": [], "has_more": False})
         return self._error(404, "the echo has messages and nothing else")
 
-    def _message(self, body: JSON) -> UpstreamResponse:
+    @staticmethod
+    def _checked(raw: bytes) -> JSON:
+        """The body, if the real one would take its form."""
+        body = loads_object(raw)
+        as_boolean(body.get("stream", False), "stream")
         for field in ("thinking", "output_config", "tool_choice"):
             as_object(body.get(field) or {}, field)
         for number, message in enumerate(as_list(body.get("messages"), "messages")):
-            content = as_object(message, f"messages.{number}").get("content") or ""
+            content = as_object(message, f"messages.{number}").get("content")
+            as_text(message.get("role"), f"messages.{number}.role")
             if not isinstance(content, str):
                 as_list(content, f"messages.{number}.content")
         for number, tool in enumerate(as_list(body.get("tools") or [], "tools")):
             as_text(as_object(tool, f"tools.{number}").get("name"), f"tools.{number}.name")
+        return body
+
+    def _message(self, body: JSON) -> UpstreamResponse:
         wanted = ECHO_ERROR.search(echo_text(body))
         if wanted:
             return self._error(int(wanted.group(1)), "you asked for this error")
@@ -5241,17 +5445,23 @@ class Log:
     ) -> None:
         self._stream = stream
         self.quiet = quiet  # about requests; notes and faults are written all the same
-        self._secrets = [spelling for secret in secrets for spelling in spellings(secret)]
+        self._secrets: List[str] = []
         self._renewed: Deque[str] = deque(maxlen=64)
-        self._masked = self._longest_first()
+        self._masked: List[str] = []
         self._lock = threading.Lock()
         self._told: List[str] = []
+        self.learn(secrets)
+
+    def learn(self, secrets: Iterable[str]) -> None:
+        """Mask these, too, from now on."""
+        with self._lock:
+            self._secrets += [spelling for secret in secrets for spelling in spellings(secret)]
+            self._masked = self._longest_first()
 
     def hide(self, secret: str) -> None:
         """Mask one more secret from now on; of those that come and go, the latest are kept."""
         with self._lock:
-            new = [each for each in spellings(secret) if each not in self._masked]
-            self._renewed.extend(new)
+            self._renewed.extend(s for s in spellings(secret) if s not in self._masked)
             self._masked = self._longest_first()
 
     def _longest_first(self) -> List[str]:
@@ -5287,7 +5497,6 @@ class Log:
 # Request in, Response out. Nothing here knows sockets of clients; a body that is still coming is a
 # Stream or a Gathered, which section 13 pumps.
 
-HEARTBEAT_SECONDS = 15.0
 GET_SECONDS = 5.0  # for what upstream answers at once: its models
 
 
@@ -5342,6 +5551,9 @@ class Response(NamedTuple):
     model: str = ""  # for the log
 
 
+Answering = Union[Response, Conversation[Response]]
+
+
 class RelayTransform(Transform):
     """Messages events as they came, one whole event at a time.
 
@@ -5383,7 +5595,7 @@ class RelayTransform(Transform):
 
 
 class ResumingSource(Source):
-    """The events of a turn that upstream pauses, as one message: it is asked to go on."""
+    """The events of a turn that upstream pauses, as one message: `ask` has it go on."""
 
     MAX_RESUMPTIONS = 20
 
@@ -5394,17 +5606,17 @@ class ResumingSource(Source):
         self._joiner = TurnJoiner()
         self._events = EventDecoder()
         self._resumptions = 0
-        self.sock = source.sock
-        self.silence_seconds = source.silence_seconds
+        self._follow()
 
     def ready(self) -> bool:
         return self._source.ready()
 
     def read(self) -> Optional[bytes]:
         burst = self._source.read()
-        if burst:
-            return self._joined(self._events.feed(burst)) or None
-        return None if burst is None or self._resumed() else b""
+        return self._joined(self._events.feed(burst)) or None if burst else burst
+
+    def rests(self) -> bool:
+        return self._source.rests()
 
     def _joined(self, events: bytes) -> bytes:
         parsed = (parsed_event(block + b"\n\n") for block in events.split(b"\n\n") if block)
@@ -5413,17 +5625,23 @@ class ResumingSource(Source):
             server_sent_event(dumps(e), str(e.get("type"))) for e in kept if e is not None
         )
 
-    def _resumed(self) -> bool:
+    def resumption(self) -> Optional[Callable[[], None]]:
         self._resumptions += 1
         if not self._joiner.paused or self._resumptions > self.MAX_RESUMPTIONS:
-            return False
+            return None
+        return self._resume
+
+    def _resume(self) -> None:
         self._source.close()
-        self._source = BytesSource(b"")
+        self._source, self.sock = BytesSource(b""), None
         self._request = self._joiner.resumed(self._request)
         self._source = self._ask(self._request)
         self._events = EventDecoder()
-        self.sock = self._source.sock
-        return True
+        self._follow()
+
+    def _follow(self) -> None:
+        self.sock, self.deadline = self._source.sock, self._source.deadline
+        self.silence_seconds = self._source.silence_seconds
 
     def close(self) -> None:
         self._source.close()
@@ -5520,6 +5738,7 @@ class Policy(NamedTuple):
     retries: RetryPolicy = RetryPolicy()
     live_models: bool = True
     fallback: Optional[Credential] = None  # who pays when the first does not
+    allowed_origins: FrozenSet[str] = frozenset()  # of web pages that may call
 
 
 class Form(NamedTuple):
@@ -5582,6 +5801,7 @@ ROUTES: Tuple[Route, ...] = (
     Route(_READ, "/healthz", "health", "is it up", True),
     Route(_READ, "/ping", "health", "is it up", True),
     Route(_READ, "/version", "health", "is it up", True),
+    Route(_READ, "/openapi.json", "openapi", "this table as an OpenAPI 3.1 description"),
 )
 
 _PREFIXES = re.compile(
@@ -5630,6 +5850,7 @@ def speaks_anthropic(path: str, headers: Dict[str, str]) -> bool:
     return not openai and "anthropic-version" in headers
 
 
+_OWN_HEADERS = ("allow", "accept-encoding")  # of errors that are ours: what would be taken instead
 _RELAYED_TO_UPSTREAM = re.compile(
     r"anthropic-.*|x-stainless-.*|x-claude-code-.*|x-app|user-agent|accept|content-type|idempotency-key"
 )
@@ -5657,12 +5878,159 @@ def openai_headers(headers: HeaderList, now: float) -> HeaderList:
 
 def duration(until: str, now: float) -> str:
     """Return the time from `now` until an RFC 3339 instant as OpenAI writes it, such as 6m0s."""
-    try:
-        seconds = datetime.fromisoformat(until.replace("Z", "+00:00")).timestamp() - now
-    except ValueError:
+    instant = _instant(until)
+    if instant is None:
         return until
+    seconds = instant - now
     minutes, rest = divmod(max(0, math.ceil(seconds)), 60)
     return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+
+
+@functools.lru_cache(maxsize=64)
+def _instant(text: str) -> Optional[float]:
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return None
+
+
+# --- the description of the endpoints
+
+
+def _object_schema(required: Sequence[str], **properties: JSON) -> JSON:
+    return {"type": "object", "required": list(required), "properties": properties}
+
+
+_ANY_TEXT: JSON = {"type": "string"}
+_TEXT_SCHEMA: JSON = {"type": "string", "pattern": "\\S"}
+_STREAM_SCHEMA: JSON = {"type": ["boolean", "null"], "default": False}
+_MODEL_SCHEMA: JSON = {
+    "type": "string",
+    "description": "a Claude id, opus, sonnet, haiku or an alias",
+    "examples": ["sonnet"],
+}
+_CHAT_MESSAGE = _object_schema(
+    ("role", "content"),
+    role={"enum": ["developer", "system", "user", "assistant"]},
+    content={**_TEXT_SCHEMA, "description": "or parts, as OpenAI and Anthropic describe them"},
+)
+_MESSAGE = _object_schema(
+    ("role", "content"),
+    role={"type": "string", "examples": ["user"]},
+    content={"type": ["string", "array"]},
+)
+
+# Endpoint -> what the body of a POST cannot do without; all else that is taken is in the README.
+REQUEST_SCHEMAS: Dict[str, JSON] = {
+    "chat_completions": _object_schema(
+        ("model", "messages"),
+        model=_MODEL_SCHEMA,
+        messages={
+            "type": "array",
+            "items": _CHAT_MESSAGE,
+            "contains": {"properties": {"role": {"enum": ["user", "assistant"]}}},
+        },
+        stream=_STREAM_SCHEMA,
+    ),
+    "completions": _object_schema(
+        ("model", "prompt"), model=_MODEL_SCHEMA, prompt=_TEXT_SCHEMA, stream=_STREAM_SCHEMA
+    ),
+    "responses": _object_schema(
+        ("model", "input"),
+        model={**_MODEL_SCHEMA, "pattern": "^(claude-.|opus$|sonnet$|haiku$)"},  # or it is a 400
+        input=_TEXT_SCHEMA,
+        stream=_STREAM_SCHEMA,
+    ),
+    "messages": _object_schema(
+        ("model", "messages"),
+        model=_MODEL_SCHEMA,
+        messages={"type": "array", "items": _MESSAGE, "minItems": 1},
+        stream={"type": "boolean", "default": False},
+    ),
+    "count_tokens": _object_schema(
+        ("model", "messages"),
+        model=_MODEL_SCHEMA,
+        messages={"type": "array", "items": _MESSAGE},
+    ),
+}
+_JSON_CONTENT: JSON = {"application/json": {"schema": {"type": "object"}}}
+_ANY_CONTENT: JSON = {"*/*": {}}
+
+_TEXT_OR_NULL: JSON = {"type": ["string", "null"]}
+_ERRORS: Dict[str, JSON] = {
+    "OpenAIError": _object_schema(
+        ("error",),
+        error=_object_schema(
+            ("message", "type", "param", "code"),
+            message=_ANY_TEXT,
+            type=_ANY_TEXT,
+            param=_TEXT_OR_NULL,
+            code=_TEXT_OR_NULL,
+        ),
+    ),
+    "AnthropicError": _object_schema(
+        ("type", "error"),
+        type={"const": "error"},
+        error=_object_schema(("type", "message"), type=_ANY_TEXT, message=_ANY_TEXT),
+        request_id=_ANY_TEXT,
+    ),
+}
+_ANY_ERROR: JSON = {"anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in _ERRORS]}
+_COMPONENTS: JSON = {
+    "schemas": _ERRORS,
+    "responses": {
+        "Error": {
+            "description": "what went wrong, in the dialect of the path, or of anthropic-version",
+            "content": {"application/json": {"schema": _ANY_ERROR}},
+        }
+    },
+    "securitySchemes": {
+        "Authorization": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        "api-key": {"type": "apiKey", "in": "header", "name": "api-key"},
+    },
+}
+
+
+def openapi_description(routes: Sequence[Route], keyed: bool) -> JSON:
+    """Return the OpenAPI 3.1 description of `routes`; `keyed`: clients must show a key."""
+    paths: JSON = {}
+    for route in routes:
+        exact, below, _ = route.path.partition("[/...]")
+        for path in (exact, f"{exact}/{{rest}}") if below else (exact,):
+            paths[path] = {method.lower(): _operation(route, method) for method in route.methods}
+            names = re.findall(r"{(\w+)}", path)
+            if names:
+                schema = {"in": "path", "required": True, "schema": {"type": "string"}}
+                paths[path]["parameters"] = [{"name": name, **schema} for name in names]
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "claude_shim", "version": __version__},
+        "security": [{name: []} for name in _COMPONENTS["securitySchemes"]] if keyed else [],
+        "paths": paths,
+        "components": _COMPONENTS,
+    }
+
+
+def _operation(route: Route, method: str) -> JSON:
+    relayed = route.endpoint in ("relay", "files")
+    body = REQUEST_SCHEMAS.get(route.endpoint) if method == "POST" else None
+    content = _ANY_CONTENT if relayed else _JSON_CONTENT
+    if body and "stream" in body["properties"]:
+        content = {**content, "text/event-stream": {}}
+    operation: JSON = {
+        "summary": route.summary,
+        "responses": {
+            "200": {"description": "the answer", "content": content},
+            "default": {"$ref": "#/components/responses/Error"},
+        },
+    }
+    if body:
+        described = {"required": True, "content": {"application/json": {"schema": body}}}
+        operation["requestBody"] = described
+    elif method == "POST":
+        operation["requestBody"] = {"content": _ANY_CONTENT}
+    return {**operation, "security": []} if route.open else operation
 
 
 class App:
@@ -5682,11 +6050,12 @@ class App:
         self.catalogue = Catalogue()
         self.memory = ThinkingMemory()
         self._health: Tuple[float, JSON] = (-math.inf, {})
+        self.draining = False  # the server is about to stop
         self._threads: List[threading.Thread] = []
 
     def close(self) -> None:
         """Let go of upstream."""
-        for payer in filter(None, (self.credential, self.policy.fallback)):
+        for payer in self.payers():
             payer.close()
         self.upstream.close()
         for thread in self._threads:
@@ -5716,6 +6085,10 @@ class App:
 
     def respond(self, request: Request) -> Response:
         """Return the answer, which may be an error; ClientGone when nobody waits for it."""
+        return driven(self.answering(request), self.upstream)
+
+    def answering(self, request: Request) -> Conversation[Response]:
+        """Return the same answer, for those who ask upstream themselves."""
         try:
             path = normalised_path(request.path)
             route = route_of(path)
@@ -5724,8 +6097,9 @@ class App:
                 return Response(204, [("allow", ", ".join(methods))])
             if route is None:
                 raise NotFoundError(f"{plain(path)} is not supported by claude_shim")
-            endpoint: Callable[[Request], Response] = getattr(self, route.endpoint)
-            return endpoint(request)
+            endpoint: Callable[[Request], Answering] = getattr(self, route.endpoint)
+            answer = endpoint(request)
+            return answer if isinstance(answer, Response) else (yield from answer)
         except ShimError as error:
             return self.failure(error, request)
         except RecursionError:
@@ -5734,32 +6108,35 @@ class App:
     def failure(self, error: ShimError, request: Request) -> Response:
         """Return the answer that tells of `error` in the dialect of `request`."""
         error.message = self.log.masked(error.message)
-        headers = [*error.headers, ("content-type", "application/json")]
+        headers = [(k, v) for k, v in error.headers if k != "content-type"]
+        headers.append(("content-type", "application/json"))
         if speaks_anthropic(normalised_path(request.path), request.headers):
             status, body = anthropic_error(error, request.request_id)
-            kept = [(k, v) for k, v in headers if _RELAYED_TO_CLIENT.fullmatch(k) or k == "allow"]
+            kept = [
+                (k, v) for k, v in headers if _RELAYED_TO_CLIENT.fullmatch(k) or k in _OWN_HEADERS
+            ]
         else:
             status, body = openai_error(error)
             spent = status == 429 and all(name != "retry-after" for name, _ in headers)
             if spent:  # a limit on spending: trying again is in vain
                 headers.append(("x-should-retry", "false"))
             kept = [*openai_headers(headers, time.time()), ("content-type", "application/json")]
-            kept += [(k, v) for k, v in headers if k == "allow"]
+            kept += [(k, v) for k, v in headers if k in _OWN_HEADERS]
             kept += [("x-request-id", v) for k, v in headers if k == "request-id"]
-        return Response(status, kept, dumps(body))
+        return Response(status, kept, dumps(body).replace(b"<", b"\\u003c"))  # it may quote markup
 
     # --- OpenAI's completions
 
-    def chat_completions(self, request: Request) -> Response:
+    def chat_completions(self, request: Request) -> Conversation[Response]:
         """POST /v1/chat/completions."""
         body = self._with_deployment(request, loads_object(request.body))
-        return self._complete(request, body, [body], CHAT_FORM)
+        return (yield from self._complete(request, body, [body], CHAT_FORM))
 
-    def completions(self, request: Request) -> Response:
+    def completions(self, request: Request) -> Conversation[Response]:
         """POST /v1/completions."""
         body = self._with_deployment(request, loads_object(request.body))
         bodies = [chat_from_completion(body, prompt) for prompt in completion_prompts(body)]
-        return self._complete(request, body, bodies, LEGACY_FORM)
+        return (yield from self._complete(request, body, bodies, LEGACY_FORM))
 
     @staticmethod
     def _with_deployment(request: Request, body: JSON) -> JSON:
@@ -5769,7 +6146,9 @@ class App:
             return {**body, "model": urllib.parse.unquote(deployment.group(1))}
         return body
 
-    def _complete(self, request: Request, body: JSON, bodies: List[JSON], form: Form) -> Response:
+    def _complete(
+        self, request: Request, body: JSON, bodies: List[JSON], form: Form
+    ) -> Conversation[Response]:
         self._refresh_models(request)
         id = self._model_id(as_text(body.get("model"), "model"))
         drafts = [messages_request_from_chat(b, id, self.memory.recall) for b in bodies]
@@ -5781,7 +6160,7 @@ class App:
             raise RequestError(f"at most {MAX_CHOICES} choices in all", param="prompt")
         self._check_strict(drafts[0])
         reply = ChatReply.to(drafts[0], int(time.time()))
-        asked = self._ask_all(request, questions)
+        asked = yield from self._ask_all(request, questions)
         billing = [pair for each in asked for pair in each.headers if pair[0] == BILLING_HEADER]
         headers = [*self._answer_headers(asked[0], drafts[0]), *billing[:1]]
         if stream:
@@ -5824,18 +6203,20 @@ class App:
         told = [("x-claude-shim-ignored", ignored)] if ignored else []
         return [*openai_headers(asked.headers, time.time()), *ids, *told]
 
-    def _ask_all(self, request: Request, drafts: List[ChatDraft]) -> List[Asked]:
+    def _ask_all(self, request: Request, drafts: List[ChatDraft]) -> Conversation[List[Asked]]:
         """Ask upstream once per choice; the answers are written while earlier ones are read."""
         asked: List[Asked] = []
         try:
-            asked.extend(self._ask(request, draft) for draft in drafts)
+            for draft in drafts:
+                answer = yield from self._ask(request, draft)
+                asked.append(answer)
         except BaseException:
             for begun in asked:
                 begun.source.drop()
             raise
         return asked
 
-    def _ask(self, request: Request, draft: ChatDraft) -> Asked:
+    def _ask(self, request: Request, draft: ChatDraft) -> Conversation[Asked]:
         """Ask upstream; a refusal that names what could be left out is cured and asked again."""
         question = draft.finished()
         if not draft.explicit_cache:
@@ -5847,7 +6228,7 @@ class App:
             fitted = adapted(question, model)
             tried.append(fitted.request)
             try:
-                response = self._post(request, fitted.request, draft.betas)
+                response = yield from self._post(request, fitted.request, draft.betas)
                 break
             except UpstreamError as error:
                 if error.status != 400 or len(tried) > MAX_CURES:
@@ -5865,7 +6246,9 @@ class App:
         source = response.source
         if draft.annotated:  # server tools may pause the turn
             source = ResumingSource(
-                source, fitted.request, lambda body: self._post(request, body, draft.betas).source
+                source,
+                fitted.request,
+                lambda body: driven(self._post(request, body, draft.betas), self.upstream).source,
             )
         return Asked(source, response.headers, fitted.changed)
 
@@ -5877,7 +6260,9 @@ class App:
                 return learned
         raise error
 
-    def _post(self, request: Request, body: JSON, betas: Sequence[str]) -> UpstreamResponse:
+    def _post(
+        self, request: Request, body: JSON, betas: Sequence[str]
+    ) -> Conversation[UpstreamResponse]:
         """Return upstream's answer to a translated request; UpstreamError if it is no stream."""
         headers = [
             ("anthropic-version", "2023-06-01"),
@@ -5887,11 +6272,7 @@ class App:
             *([("anthropic-beta", ",".join(dict.fromkeys(betas)))] if betas else []),
         ]
         call = UpstreamRequest("POST", "/v1/messages", headers, dumps(body), request.watch)
-
-        def send(authorized: UpstreamRequest) -> UpstreamResponse:
-            return send_with_retries(self.upstream, authorized, self.policy.retries)
-
-        response = self._sent(call, request.headers, send)
+        response = yield from self._sent(call, request.headers, self.policy.retries)
         if response.status != 200:
             body_bytes = read_error_body(response)
             raise upstream_error(response.status, parsed_or_none(body_bytes), response.headers)
@@ -5902,32 +6283,33 @@ class App:
 
     # --- Anthropic's messages and the rest, relayed
 
-    def messages(self, request: Request) -> Response:
+    def messages(self, request: Request) -> Conversation[Response]:
         """POST /v1/messages."""
         body = loads_object(request.body)
         if not as_list(body.get("messages"), "messages"):
             raise RequestError("expected at least one message", param="messages")
-        return self._relayed_with_model(request, body)
+        return (yield from self._relayed_with_model(request, body))
 
-    def count_tokens(self, request: Request) -> Response:
+    def count_tokens(self, request: Request) -> Conversation[Response]:
         """POST /v1/messages/count_tokens; an estimate where upstream has no such endpoint."""
         body = loads_object(request.body)
-        response = self._relayed_with_model(request, body)
+        response = yield from self._relayed_with_model(request, body)
         if response.status not in (403, 404, 405, 501):
             return response
         estimate = max(1, math.ceil(len(request.body) / 3.2))
         headers = [("content-type", "application/json"), ("x-claude-shim-estimate", "true")]
         return Response(200, headers, dumps({"input_tokens": estimate}), response.model)
 
-    def _relayed_with_model(self, request: Request, body: JSON) -> Response:
+    def _relayed_with_model(self, request: Request, body: JSON) -> Conversation[Response]:
         self._refresh_models(request)
         name = as_text(body.get("model"), "model")
         id = self._model_id(name)
         if id != name:
             request = request._replace(body=with_member(request.body, "model", id))
-        return self.relay(request)._replace(model=id)
+        response = yield from self.relay(request)
+        return response._replace(model=id)
 
-    def files(self, request: Request) -> Response:
+    def files(self, request: Request) -> Conversation[Response]:
         """Anthropic's files: /v1/files is OpenAI's too, and only this header tells them apart."""
         if "anthropic-version" not in request.headers:
             raise NotFoundError(
@@ -5935,7 +6317,7 @@ class App:
             )
         return self.relay(request)
 
-    def relay(self, request: Request) -> Response:
+    def relay(self, request: Request) -> Conversation[Response]:
         """Hand a request on as it came, and the answer back as it comes."""
         query = request.path.partition("?")[2]
         path = normalised_path(request.path) + (f"?{query}" if query else "")
@@ -5945,34 +6327,40 @@ class App:
         if "anthropic-version" not in request.headers:
             passed.append(("anthropic-version", "2023-06-01"))
         call = UpstreamRequest(request.method, path, passed, request.body, request.watch)
-        response = self._sent(call, request.headers, self.upstream.send)
+        response = yield from self._sent(call, request.headers)
         kept = [(k, v) for k, v in response.headers if _RELAYED_TO_CLIENT.fullmatch(k)]
         ids = [("x-request-id", value) for name, value in kept if name == "request-id"]
         head = Response(response.status, [*kept, *ids])
         if response.status >= 400 or response.status in (204, 304):
-            return head._replace(body=read_error_body(response))
+            body = read_error_body(response)
+            if (
+                body and response.status >= 400 and parsed_or_none(body) is None
+            ):  # a page of a proxy
+                raise upstream_error(response.status, None, response.headers)
+            return head._replace(body=body)
         transform = RelayTransform() if response.is_event_stream() else Transform()
         return head._replace(body=Stream(response.source, transform))
 
     # --- who pays
 
+    def payers(self) -> List[Credential]:
+        """Return who pays, and then who does when the first does not."""
+        return [payer for payer in (self.credential, self.policy.fallback) if payer]
+
     def _sent(
-        self,
-        call: UpstreamRequest,
-        client: Dict[str, str],
-        send: Callable[[UpstreamRequest], UpstreamResponse],
-    ) -> UpstreamResponse:
+        self, call: UpstreamRequest, client: Dict[str, str], retries: RetryPolicy = NO_RETRIES
+    ) -> Conversation[UpstreamResponse]:
         """Return upstream's answer to a request, paid by the fallback if there has to be one."""
         shown = self.policy.client_keys.stripped(client)
         fallback = self.policy.fallback
         if fallback is None:
-            return _authorized(self.credential, call, shown, send)
+            return (yield from _authorized(self.credential, call, shown, retries))
         with contextlib.suppress(CredentialError, CredentialUnavailableError):
-            response = _authorized(self.credential, call, shown, send)
+            response = yield from _authorized(self.credential, call, shown, retries)
             if response.status not in PAYER_REFUSED:
                 return response
             read_error_body(response)
-        response = _authorized(fallback, call, shown, send)
+        response = yield from _authorized(fallback, call, shown, retries)
         billing = (BILLING_HEADER, fallback.describe().kind)
         return response._replace(headers=[*response.headers, billing])
 
@@ -5985,59 +6373,73 @@ class App:
         """Ask upstream for its models now and then, beside the requests."""
         if self.policy.live_models and self.catalogue.claim():
             headers = dict(request.headers)
-            thread = threading.Thread(target=self._fetch_models, args=(headers,), daemon=True)
+            conversation = self._fetch_models(headers)
+            thread = threading.Thread(
+                target=driven, args=(conversation, self.upstream), daemon=True
+            )
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
             thread.start()
 
-    def _fetch_due_models(self, client: Dict[str, str]) -> None:
+    def _fetch_due_models(self, client: Dict[str, str]) -> Conversation[None]:
         if self.policy.live_models and self.catalogue.claim():
-            self._fetch_models(client)
+            yield from self._fetch_models(client)
 
-    def _fetch_models(self, client: Dict[str, str]) -> None:
+    def _fetch_models(self, client: Dict[str, str]) -> Conversation[None]:
         try:
-            response = self._get("/v1/models?limit=1000", client)
-            body = parsed_or_none(read_error_body(response)) if response.status == 200 else None
-            if isinstance(body, dict) and isinstance(body.get("data"), list) and body["data"]:
+            response = yield from self._get("/v1/models?limit=1000", client)
+            body = parsed_or_none(read_error_body(response))
+            if (
+                response.status == 200
+                and isinstance(body, dict)
+                and isinstance(body.get("data"), list)
+                and body["data"]
+            ):
                 self.catalogue.update(body["data"])
         except ShimError as error:
             self.log.once(f"note: upstream does not list its models: {error.message}")
 
-    def _get(self, path: str, client: Dict[str, str]) -> UpstreamResponse:
+    def _get(self, path: str, client: Dict[str, str]) -> Conversation[UpstreamResponse]:
         headers = [
             ("anthropic-version", "2023-06-01"),
             ("user-agent", f"claude-shim/{__version__}"),
         ]
         call = UpstreamRequest("GET", path, headers, b"", patience=GET_SECONDS)
-        return self._sent(call, client, self.upstream.send)
+        return (yield from self._sent(call, client))
 
-    def models(self, request: Request) -> Response:
+    def models(self, request: Request) -> Conversation[Response]:
         """GET /v1/models."""
-        self._fetch_due_models(request.headers)
+        yield from self._fetch_due_models(request.headers)
         return json_response(200, model_list(self.catalogue.entries()))
 
-    def model(self, request: Request) -> Response:
+    def model(self, request: Request) -> Conversation[Response]:
         """GET /v1/models/{id or alias}."""
-        self._fetch_due_models(request.headers)
+        yield from self._fetch_due_models(request.headers)
         path = normalised_path(request.path)
         id = self._model_id(urllib.parse.unquote(path[len("/v1/models/") :]))
         entries = {entry["id"]: entry for entry in self.catalogue.entries()}
         entry = entries.get(id) or model_entry(self.catalogue.model(id), {})
         return json_response(200, entry)
 
-    def health(self, request: Request) -> Response:
+    def openapi(self, request: Request) -> Response:
+        """GET /openapi.json."""
+        return json_response(200, openapi_description(ROUTES, bool(self.policy.client_keys)))
+
+    def health(self, request: Request) -> Conversation[Response]:
         """GET / and /health; with ?deep=1 also whether upstream takes the credential."""
         status: JSON = {"status": "ok", "service": "claude_shim", "version": __version__}
+        if self.draining:
+            return json_response(503, {**status, "status": "draining"})
         if not asks_deep(request.path):
             return json_response(200, status)
         asked, told = self._health
         if time.monotonic() - asked > 60 or isinstance(self.credential, Passthrough):
-            told = self._credential_health(request.headers)
+            told = yield from self._credential_health(request.headers)
             self._health = (time.monotonic(), told)
         return json_response(200 if told["credential"] == "ok" else 503, {**status, **told})
 
-    def _credential_health(self, client: Dict[str, str]) -> JSON:
+    def _credential_health(self, client: Dict[str, str]) -> Conversation[JSON]:
         try:
-            response = self._get("/v1/models?limit=1", client)
+            response = yield from self._get("/v1/models?limit=1", client)
         except ShimError as error:
             return {
                 "status": "failed",
@@ -6070,21 +6472,24 @@ BILLING_HEADER = "x-claude-shim-billing"
 
 
 def _authorized(
-    credential: Credential,
-    call: UpstreamRequest,
-    client: Dict[str, str],
-    send: Callable[[UpstreamRequest], UpstreamResponse],
-) -> UpstreamResponse:
+    credential: Credential, call: UpstreamRequest, client: Dict[str, str], retries: RetryPolicy
+) -> Conversation[UpstreamResponse]:
     """The answer to a request; after a 401 to a second try, if the credential can be renewed."""
     shown = credential.authorization(client)
-    response = send(call._replace(headers=with_authorization(call.headers, shown)))
+    headers = with_authorization(call.headers, shown)
+    response = yield from send_with_retries(call._replace(headers=headers), retries)
     if response.status != 401:
         return response
-    newer = credential.authorization(client, rejected=shown)
+    try:
+        newer = credential.authorization(client, rejected=shown)
+    except ShimError:
+        response.source.drop()
+        raise
     if newer == shown:
         return response
     read_error_body(response)
-    return send(call._replace(headers=with_authorization(call.headers, newer)))
+    headers = with_authorization(call.headers, newer)
+    return (yield from send_with_retries(call._replace(headers=headers), retries))
 
 
 class GatheringSink(MessageAssembler):
@@ -6132,11 +6537,16 @@ def read_error_body(response: UpstreamResponse) -> bytes:
 def pieces_of(source: Source) -> Iterator[bytes]:
     """Yield a body to its end, in the pieces in which it comes."""
     while True:
-        waits = source.sock is not None and not source.ready()
-        if waits and source.sock and not readable([source.sock], source.silence_seconds):
-            raise UpstreamTimeoutError("upstream fell silent in the middle of the answer")
+        source.check_time(silent=0.0)
+        if source.sock is not None and not source.ready():
+            patience = min(source.silence_seconds, source.deadline - time.monotonic())
+            if not readable([source.sock], patience):
+                source.check_time(silent=source.silence_seconds)
         piece = source.read()
-        if piece == b"":
+        again = source.resumption() if piece == b"" else None
+        if again:
+            again()
+        elif piece == b"":
             return
         if piece:
             yield piece
@@ -6169,6 +6579,14 @@ class ServerLimits(NamedTuple):
     body_pause_seconds: float = 20.0
     body_seconds: float = 300.0
     write_seconds: float = 60.0  # a reader that takes nothing for that long is gone
+    heartbeat_seconds: float = 15.0  # of upstream's silence, before the client hears something
+    max_connections: int = 10_000
+    max_workers: int = 64  # threads for what takes time before upstream answers
+    max_concurrent: int = 256  # requests that are being answered
+    max_waiting: int = 1024  # further ones, which wait for their turn
+    wait_seconds: float = 60.0  # that long
+    requests_per_second: float = 0.0  # none: as many as come
+    drain_seconds: float = 30.0  # for running answers, when the server stops
 
 
 class Head(NamedTuple):
@@ -6207,6 +6625,23 @@ _LENGTH = re.compile(r"[0-9]{1,18}")
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 
 
+_OTHER_PROTOCOLS = (
+    (b"\x16\x03", ProtocolError, "this port speaks plain HTTP, not TLS: use http://"),
+    (
+        b"PRI * HTTP/2.0\r\n",
+        VersionNotSupportedError,
+        "this port speaks HTTP/1.1 only: turn off HTTP/2 with prior knowledge",
+    ),
+)
+
+
+def check_protocol(start: bytes) -> None:
+    """Refuse the first bytes of another protocol, with a sentence for who set up the client."""
+    for prefix, error, sentence in _OTHER_PROTOCOLS:
+        if start.startswith(prefix):
+            raise error(sentence)
+
+
 def parsed_head(head: bytes) -> Head:
     """Return a request head given without its last empty line; a ProtocolError if it is malformed.
 
@@ -6224,6 +6659,8 @@ def parsed_head(head: bytes) -> Head:
     grouped: Dict[str, List[str]] = {}
     for name, value in fields:
         grouped.setdefault(name, []).append(value)
+    if len(grouped.get("content-type", ())) > 1:
+        raise ProtocolError("expected one Content-Type header")
     return _with_authority(Head(method, target, int(version[-1]), grouped))
 
 
@@ -6245,8 +6682,7 @@ def _with_authority(head: Head) -> Head:
 def request_framing(head: Head, max_body: int) -> Framing:
     """Return how the body of a request ends (RFC 9112 6); a ProtocolError if that is ambiguous."""
     codings, lengths = head.values("transfer-encoding"), head.values("content-length")
-    if head.tokens("content-encoding") not in ([], ["identity"]):
-        raise UnsupportedEncodingError("send the body without Content-Encoding")
+    content_coding(head)
     if codings:
         if lengths or head.minor_version == 0:
             raise ProtocolError("Transfer-Encoding together with Content-Length or HTTP/1.0")
@@ -6261,26 +6697,122 @@ def request_framing(head: Head, max_body: int) -> Framing:
     return Framing(False, length, True)
 
 
+_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # how zlib is told the coding
+
+
+def content_coding(head: Head) -> str:
+    """Return the coding of the body, empty for none; UnsupportedEncodingError if it is not known.
+
+    One coding only: each further one would be another factor between what comes and what it makes.
+    """
+    codings = [coding for coding in head.tokens("content-encoding") if coding != "identity"]
+    if len(codings) > 1 or not set(codings) <= _WINDOW_BITS.keys():
+        accepted = [("accept-encoding", "gzip, deflate")]
+        raise UnsupportedEncodingError("the body may be in gzip or deflate only", headers=accepted)
+    return "".join(codings)
+
+
+def decompressed(body: bytes, coding: str, max_bytes: int) -> bytes:
+    """Return `body` without its coding; a ProtocolError if that is over `max_bytes`, or not whole.
+
+    Nothing may follow the stream, a second one neither: many short ones take quadratic time.
+    """
+    if not (coding and body):
+        return body
+    stream = zlib.decompressobj(_WINDOW_BITS[coding])
+    try:
+        content = stream.decompress(body, max_bytes + 1)
+    except zlib.error:
+        raise ProtocolError(f"the request body is not {coding}, as its header says") from None
+    if len(content) > max_bytes:
+        raise too_large(max_bytes)
+    if not stream.eof or stream.unused_data:
+        raise ProtocolError(f"the request body is not one whole {coding} stream")
+    return content
+
+
 def too_large(max_body: int) -> RequestTooLargeError:
     """Return the error for a body over the limit."""
     return RequestTooLargeError(f"the request body is over {max_body} bytes (--max-body)")
 
 
-def check_origin(head: Head, allowed_hosts: FrozenSet[str]) -> None:
+def check_origin(
+    head: Head, allowed_hosts: FrozenSet[str], allowed_origins: FrozenSet[str] = frozenset()
+) -> None:
     """Refuse what a web page could send: a foreign Host (DNS rebinding), Origin or fetch site.
 
-    Programs send no Origin; browsers do so with every request that crosses sites.
+    Programs send no Origin; browsers do so with every request that crosses sites. OPTIONS
+    only asks: it is answered, without permission.
     """
     host = host_name("".join(head.values("host")))
     if head.values("host") and host not in allowed_hosts and not is_loopback(host):
         message = f"the host {plain(host)} is not served here; add --allow-host {plain(host)}"
         raise ForbiddenError(message)
-    for origin in head.values("origin"):
-        name = host_name(origin.partition("://")[2]) if "://" in origin else ""
-        if name not in allowed_hosts and not is_loopback(name):
-            raise ForbiddenError("web pages of other sites may not call claude_shim")
-    if set(head.values("sec-fetch-site")) & {"cross-site", "same-site"}:
-        raise ForbiddenError("web pages of other sites may not call claude_shim")
+    origins = head.values("origin")
+    if head.method == "OPTIONS":
+        return
+    if not (origins and allowed_origins.issuperset(origins)):
+        names = [host_name(origin.partition("://")[2]) for origin in origins]
+        foreign = any(name not in allowed_hosts and not is_loopback(name) for name in names)
+        if foreign or {"cross-site", "same-site"}.intersection(head.values("sec-fetch-site")):
+            raise ForbiddenError(
+                "web pages of other sites may not call claude_shim; see --allow-origin"
+            )
+    if origins and head.method == "POST" and not _is_preflighted(head):
+        raise UnsupportedTypeError("a web page must send its body as application/json")
+
+
+def _is_preflighted(head: Head) -> bool:
+    """Whether a browser sends this POST of a page only after a preflight: no form can say these."""
+    type_ = "".join(head.values("content-type")).partition(";")[0].strip().lower()
+    return type_ == "application/json" or "anthropic-version" in head.fields
+
+
+# What a page of an allowed origin may send and read beyond what every page may.
+_SENT_BY_PAGES = re.compile(
+    r"(?:anthropic|openai|x-stainless)-[a-z0-9-]{1,50}"
+    r"|authorization|(?:x-)?api-key|x-claude-shim-key|x-request-id|idempotency-key|content-type|accept"
+)
+_RATE_LIMIT_KINDS = ("limit", "remaining", "reset")
+_READ_BY_PAGES = (
+    *("request-id", "x-request-id", "x-claude-shim-ignored", "x-claude-shim-estimate"),
+    *("retry-after", "retry-after-ms", "x-should-retry"),
+    *(
+        f"x-ratelimit-{kind}-{unit}"
+        for kind in _RATE_LIMIT_KINDS
+        for unit in ("requests", "tokens")
+    ),
+    *(
+        f"anthropic-ratelimit-{unit}-{kind}"
+        for unit in ("requests", "tokens", "input-tokens", "output-tokens")
+        for kind in _RATE_LIMIT_KINDS
+    ),
+)
+_EXPOSED = [("access-control-expose-headers", ", ".join(_READ_BY_PAGES))]
+
+
+def cross_origin_headers(head: Head, allowed_origins: FrozenSet[str]) -> HeaderList:
+    """Return what lets a page of an allowed origin read the answer, or ask first (Fetch, CORS).
+
+    Never for credentials of the browser: a page shows a client key, or none is needed.
+    """
+    if not allowed_origins:
+        return []
+    headers = [("vary", "Origin")]
+    origin = "".join(head.values("origin"))
+    if origin not in allowed_origins:
+        return headers
+    headers.append(("access-control-allow-origin", origin))
+    if head.method != "OPTIONS":
+        return headers + _EXPOSED
+    route = route_of(normalised_path(head.target))
+    asked = filter(_SENT_BY_PAGES.fullmatch, head.tokens("access-control-request-headers"))
+    return [
+        *headers,
+        ("access-control-allow-methods", ", ".join(route.methods if route else ())),
+        ("access-control-allow-headers", ", ".join(asked)),
+        ("access-control-max-age", "600"),
+    ]
 
 
 @functools.lru_cache(maxsize=64)
@@ -6304,143 +6836,72 @@ def _http_date(second: int) -> str:
 def response_head(status: int, headers: HeaderList, second: int) -> bytes:
     """Return the bytes of a response head; control characters in values become spaces."""
     phrase = _PHRASES.get(status, "Unknown")
-    fields = [
-        ("date", _http_date(second)),
-        ("x-content-type-options", "nosniff"),
-        ("cache-control", "no-store"),
-        *headers,
-    ]
-    if _UNSAFE_VALUE.search("".join([value for _, value in fields])):
-        fields = [(name, _UNSAFE_VALUE.sub(" ", value)) for name, value in fields]
-    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
-    return f"HTTP/1.1 {status} {phrase}\r\n{lines}\r\n".encode("latin-1", "replace")
+    if _UNSAFE_VALUE.search("".join([value for _, value in headers])):
+        headers = [(name, _UNSAFE_VALUE.sub(" ", value)) for name, value in headers]
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    top = f"HTTP/1.1 {status} {phrase}\r\ndate: {_http_date(second)}\r\n{_FOR_BROWSERS}"
+    return f"{top}{lines}\r\n".encode("latin-1", "replace")
 
 
+# An answer that a browser shows after all is no page: it is not guessed to be one, runs and loads
+# nothing, is in no frame (X-Frame-Options says less), in no foreign page, and is not kept.
+_FOR_BROWSERS = (
+    "x-content-type-options: nosniff\r\n"
+    "cache-control: no-store\r\n"
+    "content-security-policy: default-src 'none'; frame-ancestors 'none'\r\n"
+    "cross-origin-resource-policy: same-origin\r\n"
+)
 _PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
 _UNSAFE_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
-class ClientConnection(socketserver.BaseRequestHandler):
-    """One connection of a client: requests in, answers out, in order."""
+class RequestReader:
+    """Requests out of the bytes of a connection: `feed` them, then take `head` and `body`.
 
-    server: Server
-    request: socket.socket
+    Both are None as long as they are not whole; after `head`, `expect` says how the body ends.
+    """
 
-    def setup(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.request.settimeout(self.server.limits.write_seconds)
-        self._buffer = b""
-        self._open = True
-        self._served: JSON = {}  # what the log is told of the request
+    def __init__(self, limits: ServerLimits) -> None:
+        self._limits = limits
+        self._pieces: List[bytes] = []
+        self._size = 0  # of the pieces
+        self._wanted = 0  # bytes of the body that are still to be taken from them
+        self._chunks: Optional[ChunkedDecoder] = None
+        self._body: List[bytes] = []  # out of chunks
+        self._skipped = False  # RFC 9112 2.2 allows one empty line before a request
 
-    def handle(self) -> None:
-        """Serve requests until one side has had enough."""
-        with contextlib.suppress(ClientGone, OSError):
-            while self._open and self.server.serving:
-                self._serve_one()
+    def __len__(self) -> int:
+        return self._size
 
-    def _serve_one(self) -> None:
-        try:
-            head = self._read_head()
-        except ProtocolError as error:
-            self._refuse(error, Head("-", "/", 1, {}), "")
-            return
-        if head is None:
-            self._open = False
-            return
-        self._open = head.keeps_alive()
-        path, request_id = head.target.partition("?")[0], self._request_id(head)
-        self._served = {"status": 0, "outcome": "client gone"}
-        started = time.monotonic()
-        try:
-            self._exchange(head, request_id)
-        finally:
-            record = Record(
-                method=head.method,
-                path=path,
-                seconds=time.monotonic() - started,
-                request_id=request_id,
-                **self._served,
-            )
-            self.server.log_request(record)
+    def feed(self, burst: bytes) -> None:
+        """Take bytes as they come."""
+        self._pieces.append(burst)
+        self._size += len(burst)
 
-    def _exchange(self, head: Head, request_id: str) -> None:
-        """Answer the request whose head was read; `_served` says how it went."""
-        headers, served = head.headers(), self._served
-        try:
-            check_origin(head, self.server.allowed_hosts)
-            served["key_name"] = self.server.app.admit(head.method, head.target, headers)
-            framing = request_framing(head, self.server.limits.max_body)
-            body = self._read_body(head, framing)
-        except ShimError as error:
-            served["status"] = self._refuse(error, head, request_id)
-            served["outcome"] = type(error).__name__
-            return
-        watch = ClientWatch(self.request)
-        request = Request(head.method, head.target, headers, body, request_id, watch)
-        response = self._answer(request)
-        served.update(status=response.status, model=response.model)
-        served["outcome"] = self._send(head, response, request)
+    def _taken(self) -> bytes:
+        buffer = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces, self._size = [], 0
+        return buffer
 
-    def _answer(self, request: Request) -> Response:
-        try:
-            return self.server.app.respond(request)
-        except (ClientGone, OSError):
-            raise
-        except Exception as error:  # the edge: one request's fault must not cost another's
-            return self._fault(error, request)
-
-    def _log_fault(self, error: Exception) -> None:
-        self.server.log_fault(error, "stream")
-
-    def _fault(self, error: Exception, request: Request) -> Response:
-        self.server.log_fault(error, request.request_id)
-        failure = ShimError(
-            f"claude_shim failed on this request; its log says more ({request.request_id})"
-        )
-        return self.server.app.failure(failure, request)
-
-    def _request_id(self, head: Head) -> str:
-        """The client's own id if it is harmless, else a new one."""
-        given = "".join(head.values("x-request-id"))
-        return given if SAFE_REQUEST_ID.fullmatch(given) else self.server.new_request_id()
-
-    # --- reading
-
-    def _fill(self, deadline: float) -> bool:
-        """Read some more bytes; False when the client closed. ProtocolError after `deadline`."""
-        if not readable([self.request], deadline - time.monotonic()):
-            raise RequestTimeoutError("the request did not come in time")
-        burst = self.request.recv(1 << 16)
-        self._buffer += burst
-        return bool(burst)
-
-    def _read_head(self) -> Optional[Head]:
-        """The next head; None when the client closed, or was idle for too long."""
-        if not self._buffer and self.server.wait_idle(self.request):
-            self._buffer = self.request.recv(1 << 16)
-        if not self._buffer:
+    def head(self) -> Optional[Head]:
+        """Return the next head; a ProtocolError if it is malformed or too large."""
+        buffer = self._taken()
+        if buffer.startswith(b"\r\n") and not self._skipped:
+            buffer, self._skipped = buffer[2:], True
+        end = buffer.find(b"\r\n\r\n")
+        self._check_size(buffer[: end if end >= 0 else None], end >= 0)
+        self.feed(buffer[end + 4 :] if end >= 0 else buffer)
+        if end < 0:
             return None
-        deadline = time.monotonic() + self.server.limits.head_seconds
-        skipped = False
-        while True:
-            if self._buffer.startswith(b"\r\n"):
-                if skipped:
-                    raise ProtocolError("the request line is malformed")
-                self._buffer, skipped = self._buffer[2:], True  # RFC 9112 2.2 allows one
-            end = self._buffer.find(b"\r\n\r\n")
-            self._check_head_size(self._buffer[: end if end >= 0 else None], end >= 0)
-            if end >= 0:
-                head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
-                return parsed_head(head)
-            if self._buffer[:3] == b"\x16\x03\x01":
-                raise ProtocolError("this port speaks plain HTTP, not TLS")
-            if not self._fill(deadline):
-                return None
+        self._skipped = False
+        return parsed_head(buffer[:end])
 
-    def _check_head_size(self, head: bytes, complete: bool) -> None:
-        limits = self.server.limits
-        if complete and len(head) <= limits.max_line and head.count(b"\r\n") <= limits.max_fields:
+    def _check_size(self, head: bytes, complete: bool) -> None:
+        limits = self._limits
+        check_protocol(head)
+        if not complete and b"\n" in head.replace(b"\r\n", b""):
+            raise ProtocolError("a line of the head ends in a bare LF")
+        if len(head) <= limits.max_line and head.count(b"\r\n") <= limits.max_fields:
             return
         line, *fields = head.rstrip(b"\r\n").split(b"\r\n")
         if len(line) > limits.max_line:
@@ -6449,207 +6910,1084 @@ class ClientConnection(socketserver.BaseRequestHandler):
         too_long = longest > limits.max_line or total > 4 * limits.max_line
         if len(fields) > limits.max_fields or too_long:
             raise HeadersTooLargeError("the header fields are too many or too long")
-        if b"\n" in head.replace(b"\r\n", b""):
-            raise ProtocolError("a line of the head ends in a bare LF")
 
-    def _read_body(self, head: Head, framing: Framing) -> bytes:
-        wants_go = "100-continue" in head.tokens("expect") and head.minor_version == 1
-        if wants_go and (framing.chunked or framing.length) and not self._buffer:
-            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + self.server.limits.body_seconds
-        if framing.chunked:
-            return self._read_chunked(deadline)
-        length = framing.length or 0
-        pieces, size = [self._buffer], len(self._buffer)
-        while size < length:
-            self._buffer = b""
-            self._fill_body(deadline)
-            pieces.append(self._buffer)
-            size += len(self._buffer)
-        whole = b"".join(pieces)
-        self._buffer = whole[length:]
-        return whole[:length]
+    def expect(self, framing: Framing) -> None:
+        """Say how the body of the last head ends."""
+        self._chunks = ChunkedDecoder() if framing.chunked else None
+        self._wanted, self._body = framing.length or 0, []
 
-    def _read_chunked(self, deadline: float) -> bytes:
-        decoder, pieces, size = ChunkedDecoder(), [], 0
+    def body(self) -> Optional[bytes]:
+        """Return the whole body; a ProtocolError if it is malformed or too large."""
+        if self._chunks is None:
+            if self._size < self._wanted:
+                return None
+            buffer = self._taken()
+            self.feed(buffer[self._wanted :])
+            return buffer[: self._wanted]
+        self._body.append(self._chunks.feed(self._taken()))
+        if sum(map(len, self._body)) > self._limits.max_body:
+            raise too_large(self._limits.max_body)
+        if not self._chunks.done:
+            self._body = [b"".join(self._body)] if len(self._body) > 1000 else self._body
+            return None
+        self.feed(self._chunks.rest)
+        return b"".join(self._body)
+
+
+# --- the relay: one thread carries the bytes of all connections
+
+
+class Party:
+    """Whoever the relay works for."""
+
+    armed = math.inf  # when it is asked next what is due
+
+    def on_ready(self) -> None:
+        """Go on: the socket can be read or written."""
+
+    def tick(self, now: float) -> float:
+        """Do what is due by now; return when to be asked again, at the latest."""
+        return math.inf
+
+    def abort(self) -> None:
+        """Give up, after a fault of ours."""
+
+
+class Relay:
+    """One thread that reads and writes for all connections, so that none costs a thread.
+
+    Only `call` may be used from other threads.
+    """
+
+    def __init__(self, on_fault: Callable[[Exception, str], None]) -> None:
+        self._on_fault = on_fault
+        self._selector = selectors.DefaultSelector()
+        self._watched: Set[socket.socket] = set()
+        self._calls: Deque[Tuple[Party, Callable[[], None]]] = deque()
+        self._due: List[Tuple[float, int, Party]] = []  # a heap
+        self._numbers = itertools.count()
+        self._waker, self._wakened = socket.socketpair()
+        self._waker.setblocking(False)
+        self._wakened.setblocking(False)
+        self._selector.register(self._wakened, selectors.EVENT_READ)
+        self._thread: Optional[threading.Thread] = None
+        self._ended = False
+
+    def start(self) -> None:
+        """Begin to work."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="relay")
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End, after what was called before."""
+        self.call(Party(), self._end)
+        if self._thread:
+            self._thread.join()
+        self._selector.close()
+        self._waker.close()
+        self._wakened.close()
+
+    def _end(self) -> None:
+        self._ended = True
+
+    def call(self, party: Party, function: Callable[[], None]) -> None:
+        """Have a function of `party` called in the relay's thread; from any thread."""
+        self._calls.append((party, function))
+        with contextlib.suppress(OSError):  # it is awake, or has ended
+            self._waker.send(b"x")
+
+    def soon(self, party: Party, function: Callable[[], None]) -> None:
+        """The same from the relay's own thread."""
+        self._calls.append((party, function))
+
+    def watch(self, sock: socket.socket, events: int, party: Party) -> None:
+        """Tell `party` when its socket is ready; replaces what was said of the socket before."""
+        if sock in self._watched:
+            self._selector.modify(sock, events, party)
+        else:
+            self._watched.add(sock)
+            self._selector.register(sock, events, party)
+
+    def unwatch(self, sock: socket.socket) -> None:
+        """Look at a socket no more."""
+        if sock in self._watched:
+            self._watched.remove(sock)
+            self._selector.unregister(sock)
+
+    def remind(self, when: float, party: Party) -> None:
+        """Have `party` asked what is due at a time, or earlier."""
+        if when < party.armed:
+            party.armed = when
+            heapq.heappush(self._due, (when, next(self._numbers), party))
+
+    def _run(self) -> None:
+        while not self._ended:
+            for key, _ in self._selector.select(self._patience()):
+                if key.data is None:
+                    self._wakened.recv(1 << 12)
+                else:
+                    self._guarded(key.data, key.data.on_ready)
+            for _ in range(len(self._calls)):
+                self._guarded(*self._calls.popleft())
+            self._ask_due(time.monotonic())
+        for key in list(self._selector.get_map().values()):
+            if key.data is not None:
+                self._guarded(key.data, key.data.abort)
+
+    def _patience(self) -> Optional[float]:
+        if self._calls:
+            return 0.0
+        return max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
+
+    def _ask_due(self, now: float) -> None:
+        while self._due and self._due[0][0] <= now:
+            when, _, party = heapq.heappop(self._due)
+            if when == party.armed:  # else it was asked earlier, and armed anew
+                party.armed = math.inf
+                self._guarded(party, functools.partial(self._tick, party, now))
+
+    def _tick(self, party: Party, now: float) -> None:
+        self.remind(party.tick(now), party)
+
+    def _guarded(self, party: Party, function: Callable[[], None]) -> None:
+        """One connection's fault must not cost another's."""
+        try:
+            function()
+        except Exception as error:
+            self._on_fault(error, "relay")
+            try:
+                party.abort()
+            except Exception as second:
+                self._on_fault(second, "relay")
+
+
+class Workers:
+    """A bounded pool of threads for what takes time: large bodies, new connections upstream."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._work: Deque[Callable[[], None]] = deque()
+        self._idle = 0
+        self._threads: List[threading.Thread] = []
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Have `work` done as soon as a thread is free."""
+        with self._changed:
+            self._work.append(work)
+            if self._idle >= len(self._work) or len(self._threads) >= self._limit:
+                self._changed.notify()
+                return
+            thread = threading.Thread(target=self._run, name="worker", daemon=True)
+            self._threads.append(thread)
+        thread.start()
+
+    def _run(self) -> None:
         while True:
-            burst, self._buffer = self._buffer, b""
-            piece = decoder.feed(burst)
-            size += len(piece)
-            if size > self.server.limits.max_body:
-                raise too_large(self.server.limits.max_body)
-            pieces.append(piece)
-            if decoder.done:
-                self._buffer = decoder.rest
-                return b"".join(pieces)
-            self._fill_body(deadline)
+            with self._changed:
+                self._idle += 1
+                self._changed.wait_for(lambda: self._work or self._stopped)
+                self._idle -= 1
+                if not self._work:
+                    return
+                work = self._work.popleft()
+            work()
 
-    def _fill_body(self, deadline: float) -> None:
-        pause = time.monotonic() + self.server.limits.body_pause_seconds
-        if not self._fill(min(deadline, pause)):
-            raise ClientGone()
+    def stop(self, seconds: float) -> None:
+        """End the threads; those that are busy for longer are left behind."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class Gate(Party):
+    """Lets so many requests upstream at a time, and so many in a second; the others wait in order.
+
+    For the relay's thread only.
+    """
+
+    def __init__(self, limits: ServerLimits) -> None:
+        self.limits = limits
+        self._running: Set[Exchange] = set()
+        self._waiting: OrderedDict[Exchange, None] = OrderedDict()
+        self._next_start = 0.0
+
+    def enter(self, exchange: Exchange) -> None:
+        """Begin an exchange now or when its turn comes; OverloadedError when too many wait."""
+        if self._waiting or not self._open(time.monotonic()):
+            if len(self._waiting) >= self.limits.max_waiting:
+                raise OverloadedError(
+                    "too many requests are waiting in claude_shim already",
+                    headers=[("retry-after", "1")],
+                )
+            self._waiting[exchange] = None
+            exchange.wait_for_turn()
+            exchange.relay.remind(self._next_start, self)
+        else:
+            self._start(exchange)
+
+    def _open(self, now: float) -> bool:
+        return len(self._running) < self.limits.max_concurrent and now >= self._next_start
+
+    def _start(self, exchange: Exchange) -> None:
+        self._running.add(exchange)
+        if self.limits.requests_per_second:
+            pause = 1 / self.limits.requests_per_second
+            saved = time.monotonic() - max(0.0, 1.0 - pause)  # at most a second's worth at once
+            self._next_start = max(self._next_start, saved) + pause
+        exchange.begin()
+
+    def leave(self, exchange: Exchange) -> None:
+        """Forget an exchange that is over, or that nobody waits for any longer."""
+        self._running.discard(exchange)
+        self._waiting.pop(exchange, None)
+        self.tick(time.monotonic())
+
+    def tick(self, now: float) -> float:
+        while self._waiting and self._open(now):
+            self._start(self._waiting.popitem(last=False)[0])
+        return self._next_start if self._waiting and self._next_start > now else math.inf
+
+
+_TURN = 8  # bursts of one stream before others get their turn
+_FULL = 256 << 10  # bytes that a slow reader has not taken: then upstream is not read either
+_TAIL_SECONDS = 1.0  # for the last bytes of a body whose last event has come
+
+
+class Pump(Party):
+    """Carries one stream from upstream to its exchange."""
+
+    def __init__(self, exchange: Exchange, stream: Stream) -> None:
+        self.source, self.transform = stream
+        self._exchange = exchange
+        self._relay = exchange.relay
+        self._watched: Optional[socket.socket] = None
+        self._heard = self._beaten = time.monotonic()
+        self._resuming = False
+        self.over = False  # the client gets nothing more of it
+        self._closed = False
+
+    def on_ready(self) -> None:
+        """Carry what is there; listen for more."""
+        for _ in range(_TURN):
+            if self.over or self._resuming or self._exchange.full:
+                break
+            if not self._carry():
+                break
+        else:
+            self._relay.soon(self, self.on_ready)
+        self.listen()
+
+    def _carry(self) -> bool:
+        """Carry one burst; whether more is at hand."""
+        try:
+            burst = self.source.read()
+            resume = self.source.resumption() if burst == b"" else None
+            if resume:
+                self._resume(resume)
+                return False
+            made = b"" if burst is None else self.transform.feed(burst)
+            made += self.transform.end() if burst == b"" else b""
+        except ShimError as error:
+            made, burst = self.transform.end(error), b""
+        except Exception as error:  # the edge: a fault of ours must not look like a whole answer
+            self._exchange.log_fault(error)
+            made, burst = self.transform.end(ShimError("claude_shim failed on this answer")), b""
+        self._deliver(made, ended=burst == b"")
+        return burst is not None and not self.over and self.source.ready()
+
+    def _deliver(self, made: bytes, ended: bool) -> None:
+        self._heard = time.monotonic()
+        self.over = ended or self.transform.complete or self.transform.failed
+        if made or self.over:
+            self._beaten = self._heard
+            self._exchange.deliver(self, made)
+
+    def _resume(self, resume: Callable[[], None]) -> None:
+        """Have upstream asked to go on, which takes time."""
+        self._resuming = True
+        self.pause()
+        failure: List[ShimError] = []
+
+        def work() -> None:
+            try:
+                resume()
+            except ShimError as error:
+                failure.append(error)
+            except ClientGone:
+                pass  # the relay sees it too
+            except Exception as error:
+                self._exchange.log_fault(error)
+                failure.append(ShimError("claude_shim failed on this answer"))
+            self._relay.call(self, lambda: self._resumed(*failure))
+
+        self._exchange.workers.submit(work)
+
+    def _resumed(self, failure: Optional[ShimError] = None) -> None:
+        self._resuming = False
+        self._heard = time.monotonic()
+        if self._closed:
+            self.source.drop()
+        elif failure:
+            self.fail(failure)
+        else:
+            self.on_ready()
+
+    def fail(self, error: ShimError) -> None:
+        """End the answer by an error that is not upstream's."""
+        if not self.over:
+            self._deliver(self.transform.end(error), ended=True)
+            self.listen()
+
+    def listen(self) -> None:
+        """Wait for what is missing, unless the client has not taken the last yet."""
+        if self.over and not self._closed:
+            self._rest()
+        if self._closed or self._resuming or (self._exchange.full and not self.over):
+            self.pause()
+        elif self.source.sock is not None and self._watched is None:
+            self._watched = self.source.sock
+            self._relay.watch(self._watched, selectors.EVENT_READ, self)
+
+    def _rest(self) -> None:
+        """Give the connection back as soon as the last bytes have come."""
+        if not self.transform.complete:
+            self.drop()
+        elif self.source.rests():
+            self._closed = True
+            self.pause()
+            self.source.close()
+        else:
+            self._relay.remind(time.monotonic() + _TAIL_SECONDS, self)
+
+    def pause(self) -> None:
+        """Read no more for now."""
+        if self._watched is not None:
+            self._relay.unwatch(self._watched)
+            self._watched = None
+
+    def drop(self) -> None:
+        """Close upstream's connection: nobody wants the rest."""
+        self.over = self._closed = True
+        self.pause()
+        if not self._resuming:
+            self.source.drop()
+
+    def tick(self, now: float) -> float:
+        """Of an answer that is over: the last bytes did not come."""
+        if self.over and not self._closed:
+            self.drop()
+        return math.inf
+
+    def beat(self, now: float) -> float:
+        """Fill a silence, end too long a one; return when to look again."""
+        if self.over:
+            return math.inf
+        if self._resuming or self._exchange.full:
+            self._heard = now
+        try:
+            self.source.check_time(now - self._heard)
+        except ShimError as error:
+            self.fail(error)
+            return math.inf
+        if now - self._beaten >= self._exchange.heartbeat_seconds:
+            self._beaten = now
+            self._exchange.deliver(self, self.transform.heartbeat)
+        silent = self._heard + self.source.silence_seconds
+        return min(self._beaten + self._exchange.heartbeat_seconds, silent, self.source.deadline)
+
+    def abort(self) -> None:
+        self.drop()
+        self._exchange.abort()
+
+
+class Exchange(Party):
+    """One request on its way: asked of the App, answered on its connection.
+
+    What may take time is a worker's; at any moment either the relay or one worker has it.
+    """
+
+    def __init__(self, connection: ClientConnection, request: Request, coding: str) -> None:
+        server = connection.server
+        self.relay, self.workers = server.relay, server.workers
+        self.heartbeat_seconds = server.limits.heartbeat_seconds
+        self._server = server
+        self._connection = connection
+        self._request = request
+        self._coding = coding  # of the request's body
+        self._conversation: Conversation[Response] = server.app.answering(request)
+        self._asked: Optional[UpstreamRequest] = None
+        self._pending: Optional[UpstreamConnection] = None  # the head of its answer is awaited
+        self._response = Response(0, [])
+        self._pumps: List[Pump] = []
+        self._with_worker = False
+        self._streams = False  # the head of the answer has gone out, or will with its first bytes
+        self._deadline = math.inf
+        self._on_deadline: Callable[[], None] = self.abort
+        self.over = False
+
+    # --- before upstream answers
+
+    def wait_for_turn(self) -> None:
+        """The gate is closed: wait in line, but not for ever."""
+        self._until(time.monotonic() + self._server.limits.wait_seconds, self._never_begun)
+
+    def _never_begun(self) -> None:
+        seconds = self._server.limits.wait_seconds
+        self.fail(
+            OverloadedError(
+                f"no turn came within {seconds:g} seconds: too many requests run already",
+                headers=[("retry-after", "5")],
+            )
+        )
+
+    def _until(self, when: float, then: Callable[[], None]) -> None:
+        self._deadline, self._on_deadline = when, then
+        self.relay.remind(when, self._connection)
+
+    def begin(self) -> None:
+        """Ask the App; here if that takes no time."""
+        self._deadline = math.inf
+        prompt = len(self._request.body) <= _PROMPT_BYTES and not self._coding
+        if prompt and self._server.app.credential.ready():
+            self._proceed(self._advance(None))
+        else:
+            self._hand_over(None)
+
+    def _advance(self, answer: Union[UpstreamResponse, Exception, None]) -> Step:
+        """What the App wants next, after an answer of upstream or the failure to get one."""
+        try:
+            if isinstance(answer, Exception):
+                return self._conversation.throw(answer)
+            return self._conversation.send(answer) if answer else next(self._opened())
+        except StopIteration as stop:
+            response: Response = stop.value
+            return response
+        except ShimError as error:
+            self._connection.break_off()
+            return self._server.app.failure(error, self._request)
+        except ClientGone:
+            return Response(0, [])
+        except Exception as error:  # the edge: one request's fault must not cost another's
+            return self._fault(error)
+
+    def _opened(self) -> Conversation[Response]:
+        if self._coding:
+            body = decompressed(self._request.body, self._coding, self._server.limits.max_body)
+            self._request = self._request._replace(body=body)
+            self._conversation = self._server.app.answering(self._request)
+        return self._conversation
+
+    def _fault(self, error: Exception) -> Response:
+        id = self._request.request_id
+        self._server.log_fault(error, id)
+        failure = ShimError(f"claude_shim failed on this request; its log says more ({id})")
+        return self._server.app.failure(failure, self._request)
+
+    def _proceed(self, step: Step) -> None:
+        if isinstance(step, Response):
+            self._respond(step)
+            return
+        self._asked = step
+        try:
+            pending = None if step.delay else self._server.app.upstream.begin(step, connects=False)
+        except ShimError as error:
+            self._proceed(self._advance(error))
+            return
+        if pending:
+            self._await_head(pending)
+        else:
+            self._hand_over(step)
+
+    def _hand_over(self, step: Union[Step, UpstreamResponse, Exception, None]) -> None:
+        """Let a worker go on: from a request for upstream, or from its answer."""
+        self._with_worker = True
+        self.workers.submit(lambda: self._work(step))
+
+    def _work(self, given: Union[Step, UpstreamResponse, Exception, None]) -> None:
+        step = given if isinstance(given, (UpstreamRequest, Response)) else self._advance(given)
+        while isinstance(step, UpstreamRequest):
+            try:
+                if step.delay:
+                    step.watch.wait(None, step.delay)
+                self._asked = step = step._replace(delay=0.0)
+                pending = self._server.app.upstream.begin(step, connects=True)
+                if pending:
+                    self.relay.call(self, functools.partial(self._await_head, pending))
+                    return
+                answer: Union[UpstreamResponse, Exception] = self._server.app.upstream.send(step)
+            except Exception as error:
+                answer = error
+            step = self._advance(answer)
+        self.relay.call(self, functools.partial(self._respond, step))
+
+    def _await_head(self, pending: UpstreamConnection) -> None:
+        self._with_worker = False
+        self._pending = pending
+        if self.over or self._connection.gone:
+            self.cancel()
+            return
+        self.relay.watch(pending.sock, selectors.EVENT_READ, self)
+        self._until(pending.head_deadline, self._no_head)
+
+    def _no_head(self) -> None:
+        pending = self._head_came()
+        pending.drop()
+        self._hand_over(UpstreamTimeoutError(NO_ANSWER_IN_TIME))
+
+    def _head_came(self) -> UpstreamConnection:
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        self.relay.unwatch(pending.sock)
+        self._deadline = math.inf
+        return pending
+
+    def on_ready(self) -> None:
+        """Read the head of upstream's answer."""
+        assert self._pending is not None
+        try:
+            answer = self._pending.answer()
+        except (OSError, ShimError) as error:
+            self._no_answer(error)
+            return
+        if answer is None:
+            if self._pending.ready():  # TLS has more at hand, which the socket does not show
+                self.relay.soon(self, self._look_again)
+            return
+        self._head_came()
+        if answer.status == 200 and answer.is_event_stream():
+            self._proceed(self._advance(answer))
+        else:
+            self._hand_over(answer)  # its body may take a while
+
+    def _look_again(self) -> None:
+        if self._pending:
+            self.on_ready()
+
+    def _no_answer(self, error: Exception) -> None:
+        pending = self._head_came()
+        pending.drop()
+        if pending.used and isinstance(error, STALE) and self._asked:
+            self._hand_over(self._asked._replace(fresh=True))  # again, but only once
+        else:
+            cut = UpstreamCutError(f"no answer from upstream: {error}")
+            self._hand_over(error if isinstance(error, ShimError) else cut)
+
+    # --- the answer
+
+    @property
+    def full(self) -> bool:
+        """Whether the client has not taken enough of a stream yet to be given more."""
+        return self._streams and self._connection.backlog > _FULL
+
+    def _respond(self, response: Response) -> None:
+        self._with_worker = False
+        self._response = response
+        body = response.body
+        if isinstance(body, Stream):
+            streams = [body]
+        else:
+            streams = body.streams if isinstance(body, Gathered) else []
+        if self.over or self._connection.gone or not response.status:
+            for stream in streams:
+                stream.source.drop()
+            self._connection.gone = True
+            self.finish("client gone")
+            return
+        self._streams = isinstance(body, Stream)
+        if self._streams:
+            self._connection.begin_stream(response)
+        self._pumps = [Pump(self, stream) for stream in streams]
+        for pump in self._pumps:
+            pump.on_ready()
+        if not streams:
+            self._connection.send_whole(response, self._request)
+            self.finish("ok")
+        if not self.over:
+            now = time.monotonic()
+            self.relay.remind(min(pump.beat(now) for pump in self._pumps), self._connection)
+
+    def deliver(self, pump: Pump, made: bytes) -> None:
+        """Take what a pump has made, and notice when the answer is whole or has failed."""
+        if self.over:
+            return
+        if self._streams:
+            complete = pump.over and pump.transform.complete
+            self._connection.send_piece(made, complete)
+            if pump.over and not complete:
+                self._connection.break_off()
+            if pump.over:
+                self.finish("ok" if complete else "upstream failed")
+        elif pump.over and (not pump.transform.complete or all(p.over for p in self._pumps)):
+            self._gather()
+
+    def _gather(self) -> None:
+        body = self._response.body
+        assert isinstance(body, Gathered)
+        try:
+            response = body.response()
+            outcome = "ok" if response.status < 400 else "upstream failed"
+        except Exception as error:
+            response, outcome = self._fault(error), type(error).__name__
+        self._connection.send_whole(response, self._request)
+        self.finish(outcome, response)
+
+    def relieved(self) -> None:
+        """The client has taken some of what was left: read on."""
+        for pump in self._pumps if self._streams else ():
+            pump.on_ready()
+
+    def log_fault(self, error: Exception) -> None:
+        """Log a fault of ours in the middle of an answer."""
+        self._server.log_fault(error, self._request.request_id)
+
+    def tick(self, now: float) -> float:
+        if now >= self._deadline:
+            self._deadline = math.inf
+            self._on_deadline()
+        return min([self._deadline, *(pump.beat(now) for pump in list(self._pumps))])
+
+    # --- the end
+
+    def fail(self, error: ShimError) -> None:
+        """End by an error of our own, whatever is going on."""
+        if self._streams:
+            self._pumps[0].fail(error)
+        elif not self.over:
+            response = self._server.app.failure(error, self._request)
+            self._connection.send_whole(response, self._request)
+            self.finish(type(error).__name__, response)
+
+    def finish(self, outcome: str, response: Optional[Response] = None) -> None:
+        """Let go of what is still open; the connection may serve its next request."""
+        if self.over:
+            return
+        self.over = True
+        for pump in self._pumps:
+            if not pump.over:
+                pump.drop()
+        if self._pending:
+            self._head_came().drop()
+        if not self._with_worker:
+            self._conversation.close()
+        shown = response or self._response
+        self._server.gate.leave(self)
+        self._connection.answered(shown.status, self._response.model or shown.model, outcome)
+
+    def cancel(self) -> None:
+        """The client is gone. A worker notices by itself, and then comes back here."""
+        if not self._with_worker:
+            self.finish("client gone")
+
+    def abort(self) -> None:
+        if not self.over:
+            self._connection.abort()
+
+
+Step = Union[UpstreamRequest, Response]
+_PROMPT_BYTES = 64 << 10  # a request of this size is translated in less than a millisecond
+
+
+class ClientConnection(socketserver.BaseRequestHandler, Party):
+    """One connection of a client: requests in, answers out, in order. The relay has it."""
+
+    server: Server
+    request: socket.socket
+
+    def setup(self) -> None:
+        sock = self.request
+        with contextlib.suppress(OSError):  # a Unix socket has no such option
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.server.tls:
+            self.request = sock = self.server.tls.wrap_socket(
+                sock, server_side=True, do_handshake_on_connect=False
+            )
+        sock.setblocking(False)
+        self._reader = RequestReader(self.server.limits)
+        self._head: Optional[Head] = None  # of the request that is read or answered
+        self._exchange: Optional[Exchange] = None
+        self._out: Deque[memoryview] = deque()
+        self.backlog = 0  # bytes of it
+        self._sent_at = 0.0
+        self._events = 0  # that the relay looks for
+        self._deadline = math.inf
+        self._on_deadline: Callable[[], None] = self.close
+        self._body_deadline = math.inf
+        self._open = True  # for another request
+        self._ending = False  # close when all is sent
+        self._lingering: Optional[int] = None  # bytes that may still come, unread
+        self.gone = False
+        self.closed = False
+        self._started = 0.0
+        self._pending = b""  # the head of a stream, which goes out with its first bytes
+        self._chunked = False
+        self._key_name = self._request_id = ""
+
+    def handle(self) -> None:
+        """Give the connection to the relay."""
+        self.server.relay.call(self, self._begin)
+
+    def _begin(self) -> None:
+        self.server.connections[self] = None
+        if self.server.draining:
+            self.close()
+            return
+        self._until(self.server.limits.idle_seconds, self.close)
+        self._listen()
+
+    def _until(self, seconds: float, then: Callable[[], None]) -> None:
+        self._deadline, self._on_deadline = time.monotonic() + seconds, then
+        self.server.relay.remind(self._deadline, self)
+
+    def _listen(self) -> None:
+        """Tell the relay what to look for."""
+        early = self._exchange is not None and len(self._reader) > _PROMPT_BYTES
+        events = 0 if early or self.gone else selectors.EVENT_READ
+        events |= selectors.EVENT_WRITE if self._out else 0
+        if events != self._events and not self.closed:
+            self._events = events
+            if events:
+                self.server.relay.watch(self.request, events, self)
+            else:
+                self.server.relay.unwatch(self.request)
+
+    def on_ready(self) -> None:
+        """Send what is left to send, read what has come."""
+        if self._out:
+            self._flush()
+            if self._exchange and self.backlog <= _FULL:
+                self._exchange.relieved()
+        if self._events & selectors.EVENT_READ and not self.closed:
+            self._receive()
+
+    def tick(self, now: float) -> float:
+        if self.closed:
+            return math.inf
+        if self._out and now - self._sent_at >= self.server.limits.write_seconds:
+            self._hung_up()  # a reader that takes nothing for that long
+        if now >= self._deadline:
+            self._deadline = math.inf
+            self._on_deadline()
+        stalled = self._sent_at + self.server.limits.write_seconds if self._out else math.inf
+        answering = self._exchange.tick(now) if self._exchange else math.inf
+        return min(self._deadline, stalled, answering)
+
+    # --- reading
+
+    def _receive(self) -> None:
+        burst = self._received()
+        while burst:
+            if self._lingering is not None:
+                self._lingering -= len(burst)
+                if self._lingering < 0:
+                    self.close()
+                    return
+            else:
+                self._reader.feed(burst)
+            held_by_tls = isinstance(self.request, ssl.SSLSocket) and self.request.pending()
+            burst = self._received() if held_by_tls else None
+        if burst == b"":
+            self._hung_up()
+        elif self._exchange or self._ending:
+            self._listen()
+        else:
+            self._read_on()
+
+    def _received(self) -> Optional[bytes]:
+        """What came; None when nothing did, b"" when the client hung up."""
+        try:
+            return self.request.recv(_READ_BYTES)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+        except OSError:
+            return b""
+
+    def _read_on(self) -> None:
+        """Read the next request as far as it has come."""
+        if self._exchange or self._ending or self.closed:
+            return
+        try:
+            if self._head is None:
+                self._read_head()
+            body = self._reader.body() if self._head else None
+        except ShimError as error:
+            self._refuse(error)
+            return
+        if body is None:
+            if self._head:
+                self._await_body()
+            return
+        self._deadline = math.inf
+        self._exchange_begins(body)
+
+    def _read_head(self) -> None:
+        limits = self.server.limits
+        head = self._reader.head() if len(self._reader) else None
+        if head is None:
+            if not len(self._reader):
+                self._until(limits.idle_seconds, self.close)
+            elif self._on_deadline != self._too_slow or self._deadline == math.inf:
+                self._until(limits.head_seconds, self._too_slow)
+            return
+        self._started = time.monotonic()
+        self._head, self._open = head, head.keeps_alive() and not self.server.draining
+        self._request_id = self._id_of(head)
+        headers = head.headers()
+        check_origin(head, self.server.allowed_hosts, self.server.app.policy.allowed_origins)
+        self._key_name = self.server.app.admit(head.method, head.target, headers)
+        framing = request_framing(head, limits.max_body)
+        self._reader.expect(framing)
+        self._body_deadline = self._started + limits.body_seconds
+        if framing.chunked or framing.length:
+            self._let_come(head)
+
+    def _let_come(self, head: Head) -> None:
+        waits = "100-continue" in head.tokens("expect") and not len(self._reader)
+        if waits and head.minor_version == 1:
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _await_body(self) -> None:
+        left = self._body_deadline - time.monotonic()
+        self._until(min(left, self.server.limits.body_pause_seconds), self._too_slow)
+
+    def _too_slow(self) -> None:
+        self._refuse(RequestTimeoutError("the request did not come in time"))
+
+    def _id_of(self, head: Head) -> str:
+        """The client's own id if it is harmless, else a new one."""
+        given = "".join(head.values("x-request-id"))
+        return given if SAFE_REQUEST_ID.fullmatch(given) else self.server.new_request_id()
+
+    def _exchange_begins(self, body: bytes) -> None:
+        head = self._head
+        assert head is not None
+        watch = ClientWatch(self.request)
+        request = Request(head.method, head.target, head.headers(), body, self._request_id, watch)
+        self._exchange = exchange = Exchange(self, request, content_coding(head))
+        try:
+            self.server.gate.enter(exchange)
+        except ShimError as error:
+            exchange.fail(error)
+
+    def _hung_up(self) -> None:
+        if self._exchange:
+            self.gone = True
+            self._out.clear()
+            self._listen()
+            self._exchange.cancel()
+        else:
+            self.close()
 
     # --- writing
 
-    def _refuse(self, error: ShimError, head: Head, request_id: str) -> int:
+    def _refuse(self, error: ShimError) -> None:
         """Answer without having read the body, so that the connection cannot be used again."""
-        request = Request(head.method, head.target, head.headers(), b"", request_id)
+        head = self._head or _NO_HEAD
         unread = head.values("transfer-encoding") or head.tokens("content-length") not in (
             [],
             ["0"],
         )
         self._open = self._open and not unread and not isinstance(error, ProtocolError)
+        self._deadline = math.inf
+        request = Request(head.method, head.target, head.headers(), b"", self._request_id)
         response = self.server.app.failure(error, request)
-        self._send(head, response, request)
+        self.send_whole(response, request)
+        if head is _NO_HEAD:
+            self.server.app.log.once(f"note: a request was refused: {error.message}")
+        self.answered(response.status, "", type(error).__name__)
+
+    def _headers(self, response: Response) -> HeaderList:
+        head = self._head or _NO_HEAD
+        shared = cross_origin_headers(head, self.server.app.policy.allowed_origins)
+        headers = [*response.headers, *shared]
         if not self._open:
+            headers.append(("connection", "close"))
+        elif not head.minor_version:
+            headers.append(("connection", "keep-alive"))
+        return headers
+
+    def send_whole(self, response: Response, request: Request) -> None:
+        """Send an answer that is all there."""
+        body = response.body if isinstance(response.body, bytes) else b""
+        self._open = self._open and not self.server.draining
+        headers = self._headers(response)
+        if response.status not in (204, 304):
+            headers.append(("content-length", str(len(body))))
+        if request.request_id and all(name != "x-request-id" for name, _ in headers):
+            headers.append(("x-request-id", request.request_id))
+        top = response_head(response.status, headers, int(time.time()))
+        self._write(top if request.method == "HEAD" else top + body)
+
+    def begin_stream(self, response: Response) -> None:
+        """Prepare the head of an answer that goes out as it comes."""
+        self._chunked = self._head is not None and self._head.minor_version == 1
+        self._open = self._open and self._chunked and not self.server.draining
+        headers = self._headers(response)
+        if all(name != "content-type" for name, _ in headers):
+            headers.append(("content-type", "text/event-stream; charset=utf-8"))
+        headers.append(("x-accel-buffering", "no"))
+        if self._chunked:
+            headers.append(("transfer-encoding", "chunked"))
+        self._pending = response_head(response.status, headers, int(time.time()))
+
+    def send_piece(self, piece: bytes, complete: bool) -> None:
+        """Send a piece of a stream, the first one with the head.
+
+        Without the last chunk no client can take a broken answer for a whole one.
+        """
+        last = b"0\r\n\r\n" if complete and self._chunked else b""
+        framed = chunk(piece) if self._chunked else piece
+        self._write(self._pending + framed + last)
+        self._pending = b""
+
+    def break_off(self) -> None:
+        """Close after what was sent, which is not the whole answer."""
+        self._open = False
+
+    def _write(self, piece: bytes) -> None:
+        if self.gone or self.closed or not piece:
+            return
+        if not self._out:
+            self._sent_at = time.monotonic()
+            self.server.relay.remind(self._sent_at + self.server.limits.write_seconds, self)
+        self._out.append(memoryview(piece))
+        self.backlog += len(piece)
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._out:
+            sent = self._sent(self._out[0])
+            if sent is None:
+                self._out.clear()
+                self._hung_up()
+                return
+            if not sent:
+                break
+            self._sent_at = time.monotonic()
+            self.backlog -= sent
+            self._out[0] = self._out[0][sent:]
+            if not self._out[0]:
+                self._out.popleft()
+        self._listen()
+        if self._ending and not self._out:
             self._linger()
-        return response.status
+
+    def _sent(self, piece: memoryview) -> Optional[int]:
+        """How many bytes the client took; None when it is gone."""
+        try:
+            return self.request.send(piece)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+        except OSError:
+            return None
+
+    # --- the end of an answer, and of the connection
+
+    def answered(self, status: int, model: str, outcome: str) -> None:
+        """Log the request; go on to the next one, or close."""
+        head, self._head, self._exchange = self._head, None, None
+        if head:
+            record = Record(
+                head.method,
+                head.target.partition("?")[0],
+                status,
+                time.monotonic() - self._started,
+                self._request_id,
+                model,
+                self._key_name,
+                outcome,
+            )
+            self.server.log_request(record)
+        self._key_name = self._request_id = ""
+        self._listen()
+        if self.gone:
+            self.close()
+        elif not self._open:
+            self._end()
+        elif len(self._reader):
+            self.server.relay.soon(self, self._read_on)
+        else:
+            self._until(self.server.limits.idle_seconds, self.close)
+
+    def _end(self) -> None:
+        self._ending = True
+        if not self._out:
+            self._linger()
 
     def _linger(self) -> None:
         """Read on for a moment: closing with unread bytes would destroy the answer on its way."""
-        self.request.shutdown(socket.SHUT_WR)
-        deadline, left = time.monotonic() + 1.0, 1 << 20
-        while left > 0 and readable([self.request], deadline - time.monotonic()):
-            burst = self.request.recv(1 << 16)
-            if not burst:
-                return
-            left -= len(burst)
+        if self._lingering is None and not self.closed:
+            self._lingering = _LINGER_BYTES
+            with contextlib.suppress(OSError, ValueError):
+                if isinstance(self.request, ssl.SSLSocket):
+                    self.request.unwrap()  # says close_notify; does not wait for the other's
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self.request, socket.SHUT_WR)
+            self._until(_LINGER_SECONDS, self.close)
+            self._listen()
 
-    def _send(self, head: Head, response: Response, request: Request) -> str:
-        """Send an answer; say for the log how it ended."""
-        if isinstance(response.body, Gathered):
-            response, outcome = self._gathered(response.body, request)
-            self._send_whole(head, response, request)
-            return outcome
-        if isinstance(response.body, Stream):
-            return self._send_stream(head, response, response.body)
-        self._send_whole(head, response, request)
-        return "ok"
+    def drain(self) -> None:
+        """The server is about to stop: no more requests."""
+        self._open = False
+        if self._exchange is None and self._head is None:
+            self.close()
 
-    def _ending(self, head: Head) -> HeaderList:
-        if not self._open:
-            return [("connection", "close")]
-        return [] if head.minor_version else [("connection", "keep-alive")]
+    def cut(self) -> None:
+        """The server cannot wait any longer."""
+        if self._exchange:
+            self._exchange.fail(
+                ShuttingDownError("claude_shim is being stopped; send the request again")
+            )
+        else:
+            self.close()
 
-    def _send_whole(self, head: Head, response: Response, request: Request) -> None:
-        body = response.body if isinstance(response.body, bytes) else b""
-        length = [("content-length", str(len(body)))] if response.status not in (204, 304) else []
-        headers = [*response.headers, *length, *self._ending(head)]
-        if request.request_id and "x-request-id" not in dict(headers):
-            headers.append(("x-request-id", request.request_id))
-        top = response_head(response.status, headers, int(time.time()))
-        self.request.sendall(top if head.method == "HEAD" else top + body)
+    def close(self) -> None:
+        """Close the connection."""
+        if not self.closed:
+            self.closed = True
+            self.server.relay.unwatch(self.request)
+            with contextlib.suppress(OSError):  # wakes a worker that still has it
+                socket.socket.shutdown(self.request, socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                self.request.close()
+            self.server.connections.pop(self, None)
+            if self.server.draining and not self.server.connections:
+                self.server.emptied.set()
 
-    def _gathered(self, body: Gathered, request: Request) -> Tuple[Response, str]:
-        """Read all sources to their end, while the client waits."""
-        try:
-            for stream in body.streams:
-                for _ in pumped(stream, request.watch, math.inf, self._log_fault):
-                    pass
-                if not stream.transform.complete:
-                    break
-                stream.source.close()
-            response = body.response()
-            return response, "ok" if response.status < 400 else "upstream failed"
-        except (ClientGone, OSError):
-            raise
-        except Exception as error:
-            return self._fault(error, request), type(error).__name__
-        finally:
-            for stream in body.streams:
-                if not stream.transform.complete:
-                    stream.source.drop()
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for the next request, and not a byte of it has come."""
+        return not (self._exchange or self._head or self._ending or len(self._reader))
 
-    def _send_stream(self, head: Head, response: Response, stream: Stream) -> str:
-        """Send an answer as it comes; the head goes out with the first bytes of the body."""
-        chunked = head.minor_version == 1
-        self._open = self._open and chunked
-        headers = [*response.headers, *self._ending(head)]
-        if all(name != "content-type" for name, _ in headers):
-            headers.append(("content-type", "text/event-stream; charset=utf-8"))
-        headers += [("x-accel-buffering", "no")]
-        headers += [("transfer-encoding", "chunked")] if chunked else []
-        pending = response_head(response.status, headers, int(time.time()))
-        frame = chunk if chunked else bytes
-        whole = False
-        try:
-            watch = ClientWatch(self.request)
-            for piece in pumped(stream, watch, HEARTBEAT_SECONDS, self._log_fault):
-                last = b"0\r\n\r\n" if chunked and stream.transform.complete else b""
-                self.request.sendall(pending + frame(piece) + last)
-                pending = b""
-                whole = stream.transform.complete
-            if stream.transform.complete and not whole:
-                self.request.sendall(pending + (b"0\r\n\r\n" if chunked else b""))
-            elif pending:
-                self.request.sendall(pending)
-        finally:
-            # Without the last chunk no client can take a broken answer for a whole one.
-            if stream.transform.complete:
-                stream.source.close()
-            else:
-                self._open = False
-                stream.source.drop()
-        return "ok" if stream.transform.complete else "upstream failed"
+    def abort(self) -> None:
+        """Close at once."""
+        self.gone = True
+        if self._exchange:
+            self._exchange.cancel()
+        self.close()
 
 
-def pumped(
-    stream: Stream,
-    watch: ClientWatch,
-    heartbeat_seconds: float,
-    on_fault: Callable[[Exception], None] = lambda error: None,
-) -> Iterator[bytes]:
-    """Yield what the client gets of `stream`, until its transform is complete or has failed.
-
-    A heartbeat fills each silence. ClientGone as soon as the client left.
-    """
-    source, transform = stream
-    heard = time.monotonic()
-    burst: Optional[bytes] = None
-    while not (transform.complete or transform.failed) and burst != b"":
-        try:
-            burst = _awaited(source, watch, min(heartbeat_seconds, source.silence_seconds))
-            if burst is None:
-                made = transform.heartbeat
-                _check_silence(time.monotonic() - heard, source.silence_seconds)
-            else:
-                heard = time.monotonic()
-                made = transform.feed(burst) if burst else transform.end()
-        except ShimError as error:
-            made, burst = transform.end(error), b""
-        except (ClientGone, OSError):
-            raise
-        except Exception as error:  # the edge: a fault of ours must not look like a whole answer
-            on_fault(error)
-            made, burst = transform.end(ShimError("claude_shim failed on this answer")), b""
-        if made:
-            yield made
-
-
-def _awaited(source: Source, watch: ClientWatch, seconds: float) -> Optional[bytes]:
-    """The next burst; None when there is none within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        waits = source.sock is not None and not source.ready()
-        if waits and not watch.wait(source.sock, deadline - time.monotonic()):
-            return None
-        burst = source.read()
-        if burst is not None:
-            return burst
-
-
-def _check_silence(silent: float, limit: float) -> None:
-    if silent >= limit:
-        raise UpstreamTimeoutError("upstream fell silent in the middle of the answer")
+_NO_HEAD = Head("-", "/", 1, {})  # of a request that could not be read
+_READ_BYTES = 256 << 10
+_LINGER_BYTES = 1 << 20
+_LINGER_SECONDS = 1.0
 
 
 class Server(http.server.ThreadingHTTPServer):
     """Serves an App; a context manager that starts in a thread and stops when left.
 
-    `port` 0 takes a free one; `url` says which. OSError when the port is taken.
+    `host` is an address, `unix:PATH`, or `fd:N` for a listening socket that was inherited; `port` 0
+    takes a free one; `url` says which. With a `tls` context it speaks HTTPS. OSError when the port
+    is taken.
     """
 
-    daemon_threads = True
+    tls: Optional[ssl.SSLContext] = None
+
     request_queue_size = 1024
     allow_reuse_address = os.name == "posix"  # elsewhere it lets others steal the port
     allow_reuse_port = False
@@ -6663,59 +8001,91 @@ class Server(http.server.ThreadingHTTPServer):
         limits: ServerLimits = ServerLimits(),  # noqa: B008 - immutable
         allowed_hosts: Iterable[str] = (),
     ) -> None:
-        if not (is_loopback(host) or app.policy.client_keys):
-            raise ConfigError(
-                f"{host} lets other machines spend your quota: set a client key first"
-            )
-        self.app = app
-        self.limits = limits
+        self.app, self.limits = app, limits
         self.allowed_hosts = frozenset(name.lower() for name in (*allowed_hosts, host))
-        self.serving = True
+        self.draining = False
+        self.connections: Dict[ClientConnection, None] = {}  # the relay's
         self._stopped = False
-        self._connections: Dict[socket.socket, threading.Thread] = {}
-        self._connections_lock = threading.Lock()
+        self._stopping = threading.Event()
+        self.emptied = threading.Event()  # no connection is left, and none will come
         self._thread: Optional[threading.Thread] = None
         self._id_prefix, self._id_numbers = f"shim_{secrets.token_hex(8)}", itertools.count(1)
-        self._waker, self._wakened = socket.socketpair()
-        if ":" in host:
-            self.address_family = socket.AF_INET6
+        self.gate = Gate(limits)
+        self.workers = Workers(limits.max_workers)
+        self._host = host
+        self.address_family = address_family(host)
+        super().__init__((host, port), ClientConnection, bind_and_activate=False)
+        self.relay = Relay(self.log_fault)
         try:
-            super().__init__((host, port), ClientConnection)
+            self.server_bind()
+            if not (app.policy.client_keys or self.private):
+                message = f"{host} lets other machines spend your quota: set a client key first"
+                raise ConfigError(message)
+            self.server_activate()
         except BaseException:
-            self._waker.close()
-            self._wakened.close()
+            self.server_close()
+            self.relay.stop()
             raise
+
+    @property
+    def private(self) -> bool:
+        """Whether only this machine can connect."""
+        return self.socket.family not in _NETWORK or is_loopback(self.server_name)
 
     @property
     def url(self) -> str:
         """The base URL for clients."""
+        if self.socket.family not in _NETWORK:
+            return f"http+unix://{urllib.parse.quote(self.server_name, safe='')}"
         host, port = self.server_address[:2]
         shown = f"[{host!s}]" if ":" in str(host) else str(host)
-        return f"http://{shown}:{port}"
+        return f"{'https' if self.tls else 'http'}://{shown}:{port}"
 
     def server_bind(self) -> None:
         """Bind without the reverse look-up of the standard library, which may take seconds."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        kind, _, rest = self._host.partition(":")
+        if kind == "unix":
+            bind_unix(self.socket, rest)
+        elif kind == "fd":
+            self.socket.close()
+            self.socket = socket.socket(fileno=int(rest))
+        else:
+            socketserver.TCPServer.server_bind(self)
+        address = self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(address), 0
+        if self.socket.family in _NETWORK:
+            self.server_name, self.server_port = address[:2]
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one connection; it is known while it lasts, so that it can be ended."""
-        with self._connections_lock:
-            self._connections[request] = threading.current_thread()
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until `stop`."""
+        self.relay.start()
+        super().serve_forever(poll_interval)
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """Accept a connection; where descriptors run out, make room and come again later."""
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            with self._connections_lock:
-                self._connections.pop(request, None)
+            if len(self.connections) >= self.limits.max_connections:
+                raise OSError(errno.EMFILE, "too many connections")
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.app.log.once("note: connections wait, as too many are open already")
+                self.relay.call(Party(), self._close_idlest)
+                self._stopping.wait(0.05)
+            raise  # which socketserver takes for nothing to do
+
+    def _close_idlest(self) -> None:
+        idle = [connection for connection in self.connections if connection.idle]
+        for connection in idle[:16]:
+            connection.close()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Take a connection, without a thread of its own: the relay carries it."""
+        self.finish_request(request, client_address)
 
     def new_request_id(self) -> str:
         """Return an id that no other request has; random bytes are drawn once, as they are slow."""
         return f"{self._id_prefix}_{next(self._id_numbers):x}"
-
-    def wait_idle(self, sock: socket.socket) -> bool:
-        """Return whether another request comes before the idle time or the server ends."""
-        ready = readable([sock, self._wakened], self.limits.idle_seconds)
-        return sock in ready
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a fault that no request owns, in one line."""
@@ -6744,38 +8114,71 @@ class Server(http.server.ThreadingHTTPServer):
         return self
 
     def stop(self) -> None:
-        """Stop accepting, end idle connections, give the others a moment, then close them."""
+        """Stop accepting, end idle connections, let answers end in time, then cut them."""
         if self._stopped:
             return
-        self.serving, self._stopped = False, True
+        self._stopped = self.draining = self.app.draining = True
+        self._stopping.set()
         if self._thread is not None:
             self.shutdown()
             self._thread.join()
-        self._waker.send(b"x")
-        self._join(2.0)
-        with self._connections_lock:
-            for sock in self._connections:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-        self._join(5.0)
         self.server_close()
-        self._waker.close()
-        self._wakened.close()
+        if self._host.startswith("unix:"):
+            with contextlib.suppress(OSError):
+                os.unlink(self.server_name)
+        self.relay.start()
+        self._end_all(ClientConnection.drain, self.limits.drain_seconds)
+        self._end_all(ClientConnection.cut, _CUT_SECONDS)
+        self._end_all(ClientConnection.abort, _CUT_SECONDS)
+        self.workers.stop(_CUT_SECONDS)
+        self.relay.stop()
         self.app.close()
 
-    def _join(self, seconds: float) -> None:
-        """Wait for the threads of connections, `seconds` in all."""
-        deadline = time.monotonic() + seconds
-        with self._connections_lock:
-            threads = list(self._connections.values())
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+    def _end_all(self, end: Callable[[ClientConnection], None], seconds: float) -> None:
+        """Have all connections end in a way; wait until they have, but not for longer."""
+
+        def begin() -> None:
+            for connection in list(self.connections):
+                end(connection)
+            if not self.connections:
+                self.emptied.set()
+
+        self.relay.call(Party(), begin)
+        self.emptied.wait(seconds)
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stop()
 
     def __enter__(self) -> Server:
         return self.start()
 
-    def __exit__(self, *exception: Any) -> None:
-        self.stop()
+
+_CUT_SECONDS = 2.0
+_NETWORK = (socket.AF_INET, socket.AF_INET6)
+
+
+def address_family(host: str) -> int:
+    """Return the family of sockets for a Server's `host`; ConfigError where there is none."""
+    if host.startswith("unix:"):
+        if not hasattr(socket, "AF_UNIX"):
+            raise ConfigError("this platform has no Unix sockets")
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in host and not host.startswith("fd:") else socket.AF_INET
+
+
+def bind_unix(sock: socket.socket, path: str) -> None:
+    """Bind to a path that only its owner can connect to; a socket that nobody serves is replaced.
+
+    OSError when the path is taken.
+    """
+    with socket.socket(sock.family) as probe, contextlib.suppress(OSError):
+        if stat.S_ISSOCK(os.stat(path).st_mode) and probe.connect_ex(path) == errno.ECONNREFUSED:
+            os.unlink(path)
+    mask = os.umask(0o177)
+    try:
+        sock.bind(path)
+    finally:
+        os.umask(mask)
 
 
 # ----------------------------------------------------------------------
@@ -6805,6 +8208,7 @@ class Settings(NamedTuple):
     oauth_scope: str
     client_key_file: str
     allow_host: Tuple[str, ...]
+    allow_origin: Tuple[str, ...]
     alias: Dict[str, str]
     opus: str
     sonnet: str
@@ -6821,6 +8225,13 @@ class Settings(NamedTuple):
     client_cert: str
     upstream_header: Tuple[Tuple[str, str], ...]
     allow_plain_http: bool
+    unix: str
+    tls_cert: str
+    tls_key: str
+    max_concurrent: int
+    max_waiting: int
+    requests_per_second: float
+    drain_seconds: float
     quiet: bool
 
 
@@ -6869,6 +8280,18 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _some(text: str) -> int:
+    if _count(text) < 1:
+        raise ValueError("expected a whole number from 1")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
+        raise ValueError("expected a number from 0")
+    return float(text)
+
+
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d{1,12})([kKmMgG]?)", text.strip())
     if not match or not int(match.group(1)):
@@ -6901,6 +8324,28 @@ def _token_urls(text: str) -> Tuple[str, ...]:
 
 def _names(text: str) -> Tuple[str, ...]:
     return tuple(name for name in re.split(r"[\s,]+", text) if name)
+
+
+def _hosts(text: str) -> Tuple[str, ...]:
+    hosts = tuple(map(host_name, _names(text)))
+    if not all(hosts) or "*" in text:
+        raise ValueError("expected a host name such as my.example")
+    return hosts
+
+
+_ORIGIN = re.compile(
+    r"(?!http:.*:80$|https:.*:443$)"
+    r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
+)
+
+
+def _origins(text: str) -> Tuple[str, ...]:
+    names = _names(text)
+    if not all(map(_ORIGIN.fullmatch, names)):
+        raise ValueError(
+            "expected an origin as browsers write it, such as https://app.example:8443"
+        )
+    return names
 
 
 def _aliases(text: str) -> Dict[str, str]:
@@ -7014,7 +8459,15 @@ OPTIONS: Tuple[Option, ...] = (
         "FILE",
     ),
     Option(
-        "allow-host", _names, "", "further name that clients may use for this host", "NAME", True
+        "allow-host", _hosts, "", "further name that clients may use for this host", "NAME", True
+    ),
+    Option(
+        "allow-origin",
+        _origins,
+        "",
+        "web pages that may call, by origin, as in https://app.example",
+        "ORIGIN",
+        True,
     ),
     Option(
         "alias",
@@ -7054,6 +8507,15 @@ OPTIONS: Tuple[Option, ...] = (
         True,
     ),
     Option("allow-plain-http", _flag, "no", "send the key over http:// to another host"),
+    Option(
+        "unix", _text, "", "listen on a Unix socket at PATH instead, for this user only", "PATH"
+    ),
+    Option("tls-cert", _text, "", "certificate chain to serve HTTPS with, PEM", "FILE"),
+    Option("tls-key", _text, "", "its key, if not in the same file", "FILE"),
+    Option("max-concurrent", _some, "256", "requests answered at a time; others wait", "N"),
+    Option("max-waiting", _count, "1024", "requests that may wait; others are refused", "N"),
+    Option("requests-per-second", _rate, "0", "requests begun in a second; 0 is no limit", "N"),
+    Option("drain-seconds", _seconds, "30", "seconds that a stop gives running answers", "S"),
     Option("quiet", _flag, "no", "no line per request on standard error"),
 )
 
@@ -7330,7 +8792,7 @@ def profile_credential(search: Search, folder: str, name: str) -> Credential:
         raise ConfigError(f"{plain(name)} is no name of a profile")
     path = os.path.join(folder, "configs", f"{name}.json")
     try:
-        profile = loads_object(read_text(path).encode())
+        profile = as_object(loads(read_text(path).encode()), "the profile")
         details = as_object(profile.get("authentication"), "authentication")
         base_url = _url(str(profile.get("base_url") or search.settings.base_url))
         urls = _token_urls(f"{base_url}/v1/oauth/token")
@@ -7461,7 +8923,7 @@ def client_keys_from(settings: Settings, environment: Dict[str, str]) -> ClientK
     key = environment.get("CLAUDE_SHIM_API_KEY", "")
     if key.strip():
         return ClientKeys({"env": checked_secret(key, "CLAUDE_SHIM_API_KEY")})
-    if not is_loopback(settings.host):
+    if not (settings.unix or is_loopback(settings.host)):
         raise ConfigError(
             f"--host {settings.host} lets other machines spend your quota: set CLAUDE_SHIM_API_KEY "
             "or --client-key-file first"
@@ -7561,22 +9023,24 @@ def oauth_client(settings: Settings) -> OAuthClient:
     return OAuthClient(settings.token_url, settings.oauth_client_id, settings.oauth_scope)
 
 
-def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO) -> Server:
-    """Return the server, bound but not serving yet; ConfigError when a setting is wrong."""
-    keys = client_keys_from(settings, environment)
-    added = [value for _, value in settings.upstream_header if len(value) >= 8]  # none is a word
-    log = Log(log_to, [*keys.secrets(), *added], settings.quiet)
+def payers_from(
+    settings: Settings, environment: Dict[str, str], log: Log
+) -> Tuple[Credential, Optional[Credential]]:
+    """Return who pays, and who does when the first does not; the log masks what they hold."""
     world = outside(settings, log)
     credential = credential_from(settings, environment, world)
     fallback = fallback_from(settings, environment, world, credential)
-    payers = [payer for payer in (credential, fallback) if payer]
-    for payer in payers:
-        for secret in payer.secrets():
-            log.hide(secret)
+    for payer in filter(None, (credential, fallback)):
+        log.learn(payer.secrets())
         if KINDS[payer.describe().kind].claude_ai:
             log.once(CLAUDE_AI_NOTICE)
+    return credential, fallback
+
+
+def policy_from(settings: Settings, keys: ClientKeys, fallback: Optional[Credential]) -> Policy:
+    """Return what the settings say about requests."""
     lines = {line: getattr(settings, line) for line in LINES if getattr(settings, line)}
-    policy = Policy(
+    return Policy(
         keys,
         {**settings.alias, **lines},
         settings.prompt_cache,
@@ -7584,22 +9048,102 @@ def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO)
         RetryPolicy(settings.retries),
         settings.upstream != "echo",
         fallback,
+        frozenset(settings.allow_origin),
     )
-    app = App(upstream_from(settings), credential, policy, log)
-    limits = ServerLimits(max_body=settings.max_body)
+
+
+def limits_from(settings: Settings) -> ServerLimits:
+    """Return what the settings say about load."""
+    return ServerLimits(
+        max_body=settings.max_body,
+        max_connections=max(16, descriptor_limit() // 2 - 32),  # one more each goes upstream
+        max_concurrent=settings.max_concurrent,
+        max_waiting=settings.max_waiting,
+        requests_per_second=settings.requests_per_second,
+        drain_seconds=settings.drain_seconds,
+    )
+
+
+def secrets_of(settings: Settings, keys: ClientKeys) -> List[str]:
+    """Return what must never be shown; a header's value of less than 8 characters is a word."""
+    added = [value for _, value in settings.upstream_header if len(value) >= 8]
+    return [*keys.secrets(), *added]
+
+
+def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO) -> Server:
+    """Return the server, bound but not serving yet; ConfigError when a setting is wrong."""
+    keys = client_keys_from(settings, environment)
+    log = Log(log_to, secrets_of(settings, keys), settings.quiet)
+    credential, fallback = payers_from(settings, environment, log)
+    context = listener_context(settings)
+    app = App(upstream_from(settings), credential, policy_from(settings, keys, fallback), log)
+    limits, host = limits_from(settings), listening_host(settings, environment)
     try:
-        server = Server(
-            app, settings.host, settings.port, limits=limits, allowed_hosts=settings.allow_host
-        )
+        server = Server(app, host, settings.port, limits=limits, allowed_hosts=settings.allow_host)
     except (OSError, OverflowError) as error:
         raise ConfigError(_cannot_listen(settings, error)) from None
-    for payer in payers:
+    server.tls = context
+    for payer in app.payers():
         payer.start()
     return server
 
 
+def reconfigure(server: Server, settings: Settings, environment: Dict[str, str]) -> None:
+    """Let a running server follow new settings; what it listens on and asks stays.
+
+    ConfigError, and nothing changes, when a setting is wrong.
+    """
+    keys = client_keys_from(settings, environment)
+    app, former = server.app, server.app.payers()
+    app.log.learn(secrets_of(settings, keys))
+    credential, fallback = payers_from(settings, environment, app.log)
+    app.credential, app.policy = credential, policy_from(settings, keys, fallback)
+    server.limits = server.gate.limits = limits_from(settings)
+    for payer in former:
+        payer.close()
+    for payer in app.payers():
+        payer.start()
+
+
+def listening_host(settings: Settings, environment: Dict[str, str]) -> str:
+    """Return a Server's `host`: systemd's socket (sd_listen_fds(3)), a path or an address."""
+    if environment.get("LISTEN_PID") == str(os.getpid()):
+        if environment.get("LISTEN_FDS") != "1":
+            raise ConfigError("expected one socket from systemd (LISTEN_FDS=1)")
+        return "fd:3"
+    return f"unix:{os.path.expanduser(settings.unix)}" if settings.unix else settings.host
+
+
+def listener_context(settings: Settings) -> Optional[ssl.SSLContext]:
+    """Return the TLS context to serve with; ConfigError when its files cannot be used."""
+    if not settings.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        key = os.path.expanduser(settings.tls_key or settings.tls_cert)
+        context.load_cert_chain(os.path.expanduser(settings.tls_cert), key, _no_password)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"--tls-cert or --tls-key: {error}") from None
+    return context
+
+
+def descriptor_limit() -> int:
+    """Return how many files and sockets may be open, after raising it as far as that is free."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return 20_000
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return wanted if soft == resource.RLIM_INFINITY else soft
+
+
 def _cannot_listen(settings: Settings, error: Exception) -> str:
-    where = f"{settings.host}:{settings.port}"
+    where = settings.unix or f"{settings.host}:{settings.port}"
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         return f"{where} is taken by another program; choose another --port"
     reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -7642,15 +9186,17 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def serve(server: Server) -> None:
-    """Serve until SIGINT or SIGTERM, then stop."""
+def serve(server: Server, reload: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then let answers end; a second one ends at once."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda number, frame: threading.Thread(target=reload).start())
     try:
-        server.serve_forever(poll_interval=0.2)
-    except KeyboardInterrupt:
-        pass
-    finally:
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever(poll_interval=0.2)
         server.stop()
+    except KeyboardInterrupt:
+        os._exit(130)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -7673,8 +9219,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except ConfigError as error:
         print(f"claude_shim: {error}", file=sys.stderr)
         return 2
+
+    def reload() -> None:
+        try:
+            file = config_values(arguments.config, environment)
+            reconfigure(server, settings_from(arguments, environment, file), environment)
+            server.app.log.write("note: the configuration was read again")
+        except ConfigError as error:
+            server.app.log.write(f"note: the configuration stays as it was: {error}")
+
     print(welcome(server), flush=True)
-    serve(server)
+    serve(server, reload)
     return 0
 
 

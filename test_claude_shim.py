@@ -11,6 +11,7 @@ import ast
 import base64
 import contextlib
 import copy
+import gzip
 import http.server
 import importlib.util
 import io
@@ -24,6 +25,7 @@ import select
 import signal
 import socket
 import ssl
+import stat
 import statistics
 import struct
 import subprocess
@@ -32,6 +34,7 @@ import threading
 import time
 import tokenize
 import urllib.request
+import zlib
 from pathlib import Path
 from typing import (
     Any,
@@ -233,12 +236,25 @@ def ask(app: shim.App, path: str, body: Any, **headers: str) -> shim.Response:
 def played(response: shim.Response) -> bytes:
     """All bytes of the body of a response, its stream pumped to the end."""
     if isinstance(response.body, shim.Stream):
-        return b"".join(shim.pumped(response.body, shim.ClientWatch(), 15.0))
+        return b"".join(pumped(response.body))
     if isinstance(response.body, shim.Gathered):
         for stream in response.body.streams:
-            list(shim.pumped(stream, shim.ClientWatch(), 15.0))
+            list(pumped(stream))
         return played(response.body.response())
     return response.body
+
+
+def pumped(stream: shim.Stream) -> Iterator[bytes]:
+    """What the client gets of a stream, pulled to its end."""
+    source, transform = stream
+    try:
+        for burst in shim.pieces_of(source):
+            yield transform.feed(burst)
+            if transform.complete or transform.failed:
+                return
+        yield transform.end()
+    except shim.ShimError as error:
+        yield transform.end(error)
 
 
 def answered(response: shim.Response) -> JSON:
@@ -765,10 +781,10 @@ def test_the_pure_sections_name_no_clock_file_socket_thread_or_chance() -> None:
 # ----------------------------------------------------------------------
 
 
-def test_the_file_has_at_most_8000_lines() -> None:
+def test_the_file_has_at_most_9500_lines() -> None:
     """With what is still to come: Responses, OAuth and the CLI upstream."""
     lines = len(HOUSE.lines) - 1
-    assert lines <= 8000
+    assert lines <= 9500
 
 
 def test_no_function_is_longer_than_50_lines() -> None:
@@ -1280,6 +1296,8 @@ def test_dumps_refuses_what_is_no_json(number: float) -> None:
         case("a backslash before u is no escape", b'"\\\\ud83d"', "\\ud83d"),
         case("a small number", b"1e-999", 0.0),
         case("a large whole number", b"1" + b"0" * 30, 10**30),
+        case("a whole number as large as a double", b"-" + b"9" * 307, -(10**307 - 1)),
+        case("a name that comes twice: the last one counts", b'{"a":1,"a":2}', {"a": 2}),
         case("brackets in text are no depth", b'["' + b"[{" * 5000 + b'"]', ["[{" * 5000]),
         case("many lists side by side", b"[" + b"[]," * 999 + b"[]]", [[]] * 1000),
     ],
@@ -1301,6 +1319,8 @@ def test_loads(text: bytes, expected: Any) -> None:
         case("infinity", b"[-Infinity]", "-Infinity is not JSON"),
         case("too large a number", b"[1e999]", "the number 1e999 is too large"),
         case("too small a number", b"-1e999", "the number -1e999 is too large"),
+        case("309 digits", b"9" * 309, f"the number {'9' * 20}... is too large"),
+        case("a million digits", b"[1" + b"0" * 10**6 + b"]", f"{'0' * 19}... is too large"),
         case("not UTF-8", b'"\xff"', "codec can't decode"),
         case("a surrogate in UTF-8", b'"\xed\xa0\x80"', "codec can't decode"),
         case("UTF-16", '{"a":1}'.encode("utf-16"), "codec can't decode"),
@@ -1327,15 +1347,77 @@ def test_loads_takes_200_levels_and_no_more(opening: bytes, closing: bytes, time
         shim.loads(b"[" + body + b"]")
 
 
-def test_loads_survives_a_hundred_thousand_levels() -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        case("lists", b"[" * 100_000),
+        case("objects", b'{"a":' * 100_000),
+        case("behind brackets in strings", b'["' + b"]" * 70_000 + b'",' + b"[" * 300),
+        case("behind escaped quotes", b'["' + b'\\\\\\"' * 30_000 + b'",' + b"[" * 300),
+        case("behind escaped backslashes", b'["' + b"\\\\" * 40_000 + b'",' + b"[" * 300),
+        case("without UTF-8", b"[" * 100_000 + b"\xff"),
+    ],
+)
+def test_loads_survives_many_levels(body: bytes) -> None:
     with pytest.raises(ValueError, match="nested deeper than 200 levels"):
-        shim.loads(b"[" * 100_000)
+        shim.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("opening", "part", "closing"),
+    [
+        case("lists", b"[[]", b",[]", b"]"),
+        case("objects", b"[{}", b",{}", b"]"),
+        case("numbers", b"[0", b",1,2", b"]"),
+        case("members", b'{"":0', b',"a":1,"b":2', b"}"),
+        case("strings", b'[""', b',"[",","', b"]"),
+        case("the end of lists", b"[[0]", b",[0]", b"]"),
+    ],
+)
+def test_loads_takes_half_a_million_values_and_no_more(
+    opening: bytes, part: bytes, closing: bytes
+) -> None:
+    shim.loads(opening + part * 249_999 + closing)
+    with pytest.raises(ValueError, match="it has more than 500000 values"):
+        shim.loads(opening + part * 250_000 + closing)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        case("commas and brackets", b"[{,", "[{,"),
+        case("escaped quotes", b'\\",[{', '",[{'),
+        case("escaped backslashes", b"\\\\,[", "\\,["),
+        case("both", b'\\\\\\"[,', '\\"[,'),
+    ],
+)
+def test_what_stands_in_strings_is_no_value(text: bytes, expected: str) -> None:
+    times = 200_000
+    assert shim.loads(b'[["' + text * times + b'"],1]') == [[expected * times], 1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        case("escaped quotes", b"[" * 100 + b"," * 101 + b'"' + b'\\"' * 10**6),
+        case("quotes", b"[" * 201 + b'"' * (10**6 + 1)),
+        case("backslashes", b"[" * 100 + b"," * 101 + b'"' + b"\\" * 10**6),
+    ],
+)
+def test_string_without_an_end_takes_no_quadratic_time(body: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):  # 80 KB of these once took 25 s
+        shim.loads(body)
 
 
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        case("S3-B20: no JSON", b"{", "the request body is not JSON: "),
+        case("S3-B20: no JSON", b"{", "the request body cannot be read as JSON: Expecting "),
+        case(
+            "too deep",
+            b"[" * 201,
+            "the request body cannot be read as JSON: nested deeper than 200 levels",
+        ),
         case("no UTF-8", b'{"a":"\xff"}', "the request body is not UTF-8"),
         case("a list", b"[]", "expected an object, got a list"),
         case("null", b"null", "expected an object, got null"),
@@ -1798,6 +1880,9 @@ LINE_ENDS = pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"], ids=["L
         case("an extension", b'3;a="b c";d\r\nabc\r\n0;e\r\n\r\n', b"abc"),
         case("spaces behind the size", b"3 \t\r\nabc\r\n0 \r\n\r\n", b"abc"),
         case("trailers", b"3\r\nabc\r\n0\r\nA: b\r\nC: d\r\n\r\n", b"abc"),
+        case("64 trailers", b"3\r\nabc\r\n0\r\n" + b"A: b\r\n" * 64 + b"\r\n", b"abc"),
+        case("a trailer of 1 KiB", b"1\r\na\r\n0\r\nA: " + b"b" * 1019 + b"\r\n\r\n", b"a"),
+        case("an extension of 1,000 bytes", b"1;" + b"e" * 1000 + b"\r\na\r\n0\r\n\r\n", b"a"),
     ],
 )
 def test_chunked_body(raw: bytes, body: bytes, cut: Any) -> None:
@@ -1842,6 +1927,20 @@ def test_chunked_body_hands_out_an_unfinished_chunk() -> None:
         case("an extension without end", b"3;" + b"a" * 2000),
         case("an extension with a control character", b"3;a\x00b\r\nabc\r\n"),
         case("two sizes", b"3 3\r\nabc\r\n"),
+        case("a line of blanks", b"3" + b" " * 1100 + b"\r\nabc\r\n"),
+        case("a line end in a quoted extension", b'3;a="\r\nabc\r\n"\r\n'),
+        case("a bare CR in an extension", b"3;a\rb\r\nabc\r\n"),
+        case("an extension without a semicolon", b"3 a=b\r\nabc\r\n"),
+        case("65 trailers", b"0\r\n" + b"A: b\r\n" * 65 + b"\r\n"),
+        case("a trailer of more than 1 KiB", b"0\r\nA: " + b"b" * 1021 + b"\r\n\r\n"),
+        *[
+            case(f"a trailer {name.decode()}", b"0\r\nA: b\r\n" + name + b": 5\r\n\r\n")
+            for name in (b"Content-Length", b"transfer-encoding", b"HOST")
+        ],
+        case("a folded trailer", b"0\r\nA: b\r\n c\r\n\r\n"),
+        case("a bare CR in a trailer", b"0\r\nA: b\rC: d\r\n\r\n"),
+        case("a bare LF between trailers", b"0\r\nA: b\nC: d\r\n\r\n"),
+        case("a space before the colon of a trailer", b"0\r\nA : b\r\n\r\n"),
         case("trailers without end", b"0\r\n" + b"A: b\r\n" * 4000),
     ],
 )
@@ -8825,7 +8924,6 @@ LIFETIMES = [
     case("never less than two minutes, for the endpoint's sake", 0, NOW + 120),
     case("never in the past", -5, NOW + 120),
     case("never beyond ten years", 1e300, NOW + 315_360_000),
-    case("nor by a number that no float holds", 10**400, NOW + 315_360_000),
 ]
 
 
@@ -8907,6 +9005,18 @@ def test_token_is_renewed_shortly_before_its_end(
     assert credential.authorization({}) == shown(token)
     assert credential.authorization({}) == shown(token)
     assert source.asked == asked
+
+
+def test_token_that_has_to_be_renewed_is_not_ready_for_a_thread_that_must_not_wait() -> None:
+    there = World()
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 62), LATER)
+    credential = shim.Renewed(source, there.outside)
+    ready = []
+    for _ in range(3):
+        ready.append(credential.ready())
+        there.clock.now += 1
+    assert ready == [True, False, False]
+    assert shim.APIKey("k", "the test").ready()
 
 
 def test_clock_that_jumps_costs_one_renewal_at_most() -> None:
@@ -9982,7 +10092,7 @@ def sent(upstream: shim.Upstream, *headers: Tuple[str, str], **parts: Any) -> sh
 
 def read_whole(response: shim.UpstreamResponse) -> bytes:
     """Read a body to its end and let go of it."""
-    body = b"".join(filter(None, iter(response.source.read, b"")))
+    body = b"".join(shim.pieces_of(response.source))
     response.source.close()
     return body
 
@@ -10109,8 +10219,8 @@ def test_request_as_upstream_gets_it() -> None:
         assert (response.status, read_whole(response)) == (200, b"fine")
         assert read_whole(sent(upstream, method="GET", path="/v1/models", body=b"")) == b"fine"
     post = (
-        f"POST /gate/v1/messages?beta=true HTTP/1.1\r\nHost: {fake.host}\r\nx-api-key: k\r\n"
-        "x-team: blue\r\nAccept-Encoding: identity\r\nContent-Length: 2\r\n\r\n{}"
+        f"POST /gate/v1/messages?beta=true HTTP/1.1\r\nHost: {fake.host}\r\nx-team: blue\r\n"
+        "Accept-Encoding: identity\r\nx-api-key: k\r\nContent-Length: 2\r\n\r\n{}"
     )
     get = (
         f"GET /gate/v1/models HTTP/1.1\r\nHost: {fake.host}\r\nx-team: blue\r\n"
@@ -10280,12 +10390,12 @@ def test_answer_that_is_cut_is_an_error(script: List[Any], read: bytes, end: str
     go = threading.Event()
     with FakeUpstream([*script, go, end]) as fake, http_upstream(fake.url) as upstream:
         response = sent(upstream)
-        received = b""
+        pieces, received = shim.pieces_of(response.source), b""
         while len(received) < len(read):
-            received += response.source.read()
+            received += next(pieces)
         go.set()
         with pytest.raises(shim.UpstreamCutError):
-            response.source.read()
+            next(pieces)
         response.source.close()
         assert received == read
 
@@ -10448,7 +10558,7 @@ def test_header_that_would_break_out_of_its_line_is_refused(parts: JSON) -> None
     with FakeUpstream([FINE_ANSWER]) as fake, http_upstream(fake.url) as upstream:
         with pytest.raises(shim.RequestError):
             sent(upstream, **parts)
-        assert fake.connections == 0
+        assert fake.requests == []
 
 
 @pytest.mark.parametrize(
@@ -10746,11 +10856,17 @@ TRIES = [
 QUESTION_UP = shim.UpstreamRequest("POST", "/v1/messages", [], b"{}")
 
 
+def retried(upstream: shim.Upstream, policy: shim.RetryPolicy) -> shim.UpstreamResponse:
+    return shim.driven(shim.send_with_retries(QUESTION_UP, policy), upstream)
+
+
 @pytest.mark.parametrize(("answers", "retries", "statuses"), TRIES)
 def test_retries(answers: List[Answer], retries: int, statuses: List[int]) -> None:
     upstream = ScriptedUpstream(*answers)
-    response = shim.send_with_retries(upstream, QUESTION_UP, shim.RetryPolicy(retries))
-    assert upstream.requests == [QUESTION_UP] * len(statuses)
+    response = retried(upstream, shim.RetryPolicy(retries))
+    assert [request._replace(delay=0.0) for request in upstream.requests] == [QUESTION_UP] * len(
+        statuses
+    )
     assert response.status == statuses[-1]
     let_go = [source.fate for source in upstream.sources]
     assert let_go == ["closed"] * (len(statuses) - 1) + ["open"]
@@ -10776,27 +10892,27 @@ def test_retries_are_not_multiplied_by_clients(
     answers: List[Answer], retries: int, expected: List[str]
 ) -> None:
     upstream = ScriptedUpstream(*answers)
-    response = shim.send_with_retries(upstream, QUESTION_UP, shim.RetryPolicy(retries))
+    response = retried(upstream, shim.RetryPolicy(retries))
     assert [v for k, v in response.headers if k == "x-should-retry"] == expected
 
 
 def test_retry_after_that_is_handed_down_stays_in_the_answer() -> None:
     upstream = ScriptedUpstream(rate_limited(retry_after="3600"))
-    response = shim.send_with_retries(upstream, QUESTION_UP, shim.RetryPolicy(2))
+    response = retried(upstream, shim.RetryPolicy(2))
     assert response.header("retry-after") == "3600"
 
 
 def test_retries_end_when_patience_is_used_up() -> None:
     upstream = ScriptedUpstream(overloaded(retry_after_ms="10"))
     policy = shim.RetryPolicy(100, patience=0.025)
-    assert shim.send_with_retries(upstream, QUESTION_UP, policy).status == 529
+    assert retried(upstream, policy).status == 529
     assert len(upstream.requests) == 3  # 10 ms twice; the third 10 ms would be beyond 25
 
 
 def test_unreachable_upstream_is_tried_again() -> None:
     gone = shim.UpstreamUnreachableError("no route", headers=[("retry-after", "0")])
     upstream = ScriptedUpstream(gone, FINE)
-    assert shim.send_with_retries(upstream, QUESTION_UP, shim.RetryPolicy(2)).status == 200
+    assert retried(upstream, shim.RetryPolicy(2)).status == 200
     assert len(upstream.requests) == 2
 
 
@@ -10805,7 +10921,7 @@ def test_unreachable_upstream_is_an_error_in_the_end() -> None:
         shim.UpstreamUnreachableError("no route", headers=[("retry-after", "0")])
     )
     with pytest.raises(shim.UpstreamUnreachableError) as caught:
-        shim.send_with_retries(upstream, QUESTION_UP, shim.RetryPolicy(1))
+        retried(upstream, shim.RetryPolicy(1))
     assert len(upstream.requests) == 2
     assert ("x-should-retry", "false") in caught.value.headers
 
@@ -10814,7 +10930,7 @@ def test_cut_before_the_head_is_not_sent_twice() -> None:
     """The request may have been taken, and paid for."""
     upstream = ScriptedUpstream(shim.UpstreamCutError("cut"), FINE)
     with pytest.raises(shim.UpstreamCutError):
-        shim.send_with_retries(upstream, QUESTION_UP, shim.RetryPolicy(2))
+        retried(upstream, shim.RetryPolicy(2))
     assert len(upstream.requests) == 1
 
 
@@ -11139,7 +11255,7 @@ def settled(response: shim.Response) -> shim.Response:
     """The answer with its body read to the end."""
     if isinstance(response.body, shim.Gathered):
         for stream in response.body.streams:
-            list(shim.pumped(stream, shim.ClientWatch(), 15.0))
+            list(pumped(stream))
         return response.body.response()
     return response._replace(body=played(response))
 
@@ -12031,7 +12147,7 @@ def resuming(*answers: Answer) -> Tuple[shim.ResumingSource, List[JSON]]:
 
 def drained(source: shim.Source) -> List[JSON]:
     """The events of a source."""
-    raw = b"".join(filter(None, iter(source.read, b"")))
+    raw = b"".join(shim.pieces_of(source))
     return [json.loads(block.partition(b"data: ")[2]) for block in raw.split(b"\n\n") if block]
 
 
@@ -12221,8 +12337,17 @@ RELAYED_FAILURES = [
     case("404", refused(404, "not_found_error", "model: claude-x"), 404),
     case("429", rate_limited(retry_after="17"), 429),
     case("529 stays 529", overloaded(), 529),
-    case("a page of Cloudflare", web_page(413), 413),
 ]
+
+
+def test_page_of_a_middle_box_is_told_as_an_error_not_shown_as_a_page() -> None:
+    app, _ = app_on(web_page(413))
+    response = ask(app, MESSAGES, QUESTION)
+    assert (response.status, field(response, "content-type")) == (413, ["application/json"])
+    assert answered(response)["error"] == {
+        "type": "request_too_large",
+        "message": "upstream answered with status 413",
+    }
 
 
 @pytest.mark.parametrize(("scripted", "status"), RELAYED_FAILURES)
@@ -12904,6 +13029,89 @@ def test_deep_health_asks_upstream_once_a_minute(
     assert [request.path for request in upstream.requests] == ["/v1/models?limit=1"]
 
 
+def described(keyed: bool = False) -> JSON:
+    """The description as it goes over the wire."""
+    return json.loads(shim.dumps(shim.openapi_description(shim.ROUTES, keyed)))
+
+
+def test_description_has_every_route_and_nothing_else() -> None:
+    routes = (
+        shim.Route(("POST",), "/v1/messages", "messages", "asks"),
+        shim.Route(("GET", "HEAD"), "/v1/models/{id}", "model", "one model"),
+        shim.Route(("GET", "DELETE"), "/v1/skills[/...]", "relay", "skills"),
+    )
+    paths = shim.openapi_description(routes, False)["paths"]
+    assert {path: sorted(entry) for path, entry in paths.items()} == {
+        "/v1/messages": ["post"],
+        "/v1/models/{id}": ["get", "head", "parameters"],
+        "/v1/skills": ["delete", "get"],
+        "/v1/skills/{rest}": ["delete", "get", "parameters"],
+    }
+    assert paths["/v1/models/{id}"]["parameters"] == [
+        {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    ]
+    assert paths["/v1/skills/{rest}"]["parameters"][0]["name"] == "rest"
+
+
+def test_description_of_a_call_says_what_goes_in_and_what_comes_out() -> None:
+    operation = described()["paths"]["/v1/chat/completions"]["post"]
+    assert operation["summary"] == "OpenAI chat, streamed or not"
+    assert operation["requestBody"]["required"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert (schema["type"], schema["required"]) == ("object", ["model", "messages"])
+    assert sorted(operation["responses"]["200"]["content"]) == [
+        "application/json",
+        "text/event-stream",
+    ]
+    assert operation["responses"]["default"] == {"$ref": "#/components/responses/Error"}
+    assert sorted(described()["components"]["schemas"]) == ["AnthropicError", "OpenAIError"]
+
+
+def test_description_knows_the_body_of_every_post() -> None:
+    posts = {route.endpoint for route in shim.ROUTES if "POST" in route.methods}
+    assert posts - {"relay", "files"} <= set(shim.REQUEST_SCHEMAS)
+    assert set(shim.REQUEST_SCHEMAS) <= {route.endpoint for route in shim.ROUTES}
+
+
+def test_description_refers_to_nothing_that_is_missing() -> None:
+    document = described()
+    references = set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document)))
+    assert len(references) == 3
+    for reference in references:
+        found = document
+        for name in reference.split("/"):
+            found = found[name]
+        assert found
+
+
+def test_description_says_which_key_is_wanted_and_where_none_is() -> None:
+    keyed, open_ = described(keyed=True), described()
+    assert keyed["security"] == [{"Authorization": []}, {"x-api-key": []}, {"api-key": []}]
+    assert open_["security"] == []
+    assert keyed["paths"]["/health"]["get"]["security"] == []
+    assert "security" not in keyed["paths"]["/v1/messages"]["post"]
+
+
+def test_description_wants_the_client_key_like_what_it_describes() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS), client_keys=shim.ClientKeys({"ann": "s3cret"}))
+    with pytest.raises(shim.AuthenticationError):
+        app.admit("GET", "/openapi.json", {})
+    assert app.admit("GET", "/openapi.json", {"x-api-key": "s3cret"}) == "ann"
+    document = answered(app.respond(shim.Request("GET", "/openapi.json", {})))
+    assert (document["openapi"], len(document["security"])) == ("3.1.0", 3)
+    assert document["info"] == {"title": "claude_shim", "version": shim.__version__}
+
+
+def test_errors_are_as_described() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    schemas = described()["components"]["schemas"]
+    for path, name in (("/v1/chat/completions", "OpenAIError"), ("/v1/messages", "AnthropicError")):
+        body = answered(ask(app, path, {}))
+        assert set(schemas[name]["required"]) <= set(body) <= set(schemas[name]["properties"])
+        error = schemas[name]["properties"]["error"]
+        assert sorted(body["error"]) == sorted(error["required"])
+
+
 def test_websocket_is_refused_so_that_codex_falls_back() -> None:
     app, _ = app_on(FINE)
     response = fetch(app, "/v1/responses", upgrade="websocket")
@@ -13112,11 +13320,119 @@ def test_request_head_is_parsed(head: bytes, expected: Any) -> None:
         case("the same length twice", "Content-Length: 5\r\ncontent-length: 5", (False, 5, True)),
         case("chunked", "Transfer-Encoding: Chunked", (True, None, True)),
         case("no encoding", "Content-Encoding: identity\r\nContent-Length: 1", (False, 1, True)),
+        case("gzip", "Content-Encoding: GZip\r\nContent-Length: 1", (False, 1, True)),
+        case("deflate", "Content-Encoding: deflate\r\nContent-Length: 1", (False, 1, True)),
     ],
 )
 def test_request_framing(fields: str, expected: Any) -> None:
     head = shim.parsed_head(f"POST / HTTP/1.1\r\nHost: a\r\n{fields or 'X: 1'}".encode())
     assert shim.request_framing(head, 100) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        case("none", [], ""),
+        case("an empty one", ["", " , "], ""),
+        case("no coding", ["identity"], ""),
+        case("gzip", ["gzip"], "gzip"),
+        case("gzip by its old name", ["X-GZip"], "x-gzip"),
+        case("deflate", ["identity, Deflate"], "deflate"),
+        *[
+            case(f"{value!r}", [value], None)
+            for value in ("br", "zstd", "compress", "gzip, gzip", "deflate, gzip", "gzip;q=1", "*")
+        ],
+        case("two fields", ["gzip", "gzip"], None),
+    ],
+)
+def test_coding_of_a_body(fields: List[str], expected: Optional[str]) -> None:
+    head = shim.Head("POST", "/", 1, {"content-encoding": fields} if fields else {})
+    if expected is not None:
+        assert shim.content_coding(head) == expected
+        return
+    with pytest.raises(shim.UnsupportedEncodingError) as caught:
+        shim.request_framing(head, 100)
+    assert (caught.value.status, caught.value.headers) == (
+        415,
+        [("accept-encoding", "gzip, deflate")],
+    )
+
+
+GZIPPED_HELLO = bytes.fromhex("1f8b0800000000000203cb48cdc9c9070086a6103605000000")
+DEFLATED_HELLO = bytes.fromhex("789ccb48cdc9c90700062c0215")
+GZIPPED_NOTHING = bytes.fromhex("1f8b080000000000020303000000000000000000")
+
+
+@pytest.mark.parametrize(
+    ("body", "coding", "expected"),
+    [
+        case("gzip", GZIPPED_HELLO, "gzip", b"hello"),
+        case("gzip by its old name", GZIPPED_HELLO, "x-gzip", b"hello"),
+        case("deflate", DEFLATED_HELLO, "deflate", b"hello"),
+        case("no coding", GZIPPED_HELLO, "", GZIPPED_HELLO),
+        case("no body", b"", "gzip", b""),
+        case("nothing in gzip", GZIPPED_NOTHING, "gzip", b""),
+        case("as much as allowed", zlib.compress(bytes(1000)), "deflate", bytes(1000)),
+    ],
+)
+def test_decompressed_body(body: bytes, coding: str, expected: bytes) -> None:
+    assert shim.decompressed(body, coding, 1000) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "coding", "status", "sentence"),
+    [
+        case("a second member", GZIPPED_HELLO * 2, "gzip", 400, "is not one whole gzip stream"),
+        case("bytes after it", GZIPPED_HELLO + b"\0", "gzip", 400, "is not one whole gzip stream"),
+        case("deflate and more", DEFLATED_HELLO + b"{", "deflate", 400, "is not one whole deflate"),
+        *[
+            case(f"the first {end} bytes", GZIPPED_HELLO[:end], "gzip", 400, "is not one whole")
+            for end in (1, 10, 15, 24)
+        ],
+        case("a wrong checksum", GZIPPED_HELLO[:-8] + bytes(8), "gzip", 400, "is not gzip"),
+        case("deflate for gzip", DEFLATED_HELLO, "gzip", 400, "is not gzip, as its header says"),
+        case("gzip for deflate", GZIPPED_HELLO, "deflate", 400, "is not deflate"),
+        case("deflate without its head", DEFLATED_HELLO[2:-4], "deflate", 400, "is not deflate"),
+        case("no coding at all", b"{}", "gzip", 400, "is not gzip"),
+        case("a byte too much", zlib.compress(bytes(1001)), "deflate", 413, "is over 1000 bytes"),
+        case("a bomb", zlib.compress(bytes(50 << 20)), "deflate", 413, "is over 1000 bytes"),
+        case("a cut bomb", zlib.compress(bytes(9999))[:-4], "deflate", 413, "is over 1000 bytes"),
+    ],
+)
+def test_compressed_body_that_is_refused(
+    body: bytes, coding: str, status: int, sentence: str
+) -> None:
+    with pytest.raises(shim.ProtocolError, match=f"^the request body {sentence}") as caught:
+        shim.decompressed(body, coding, 1000)
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [
+        case(
+            "TLS", b"\x16\x03\x01\x02", (400, "this port speaks plain HTTP, not TLS: use http://")
+        ),
+        case(
+            "older TLS", b"\x16\x03\x00", (400, "this port speaks plain HTTP, not TLS: use http://")
+        ),
+        case(
+            "HTTP/2",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            (505, "this port speaks HTTP/1.1 only: turn off HTTP/2 with prior knowledge"),
+        ),
+        case("HTTP/1.1", b"PRI * HTTP/1.1\r\n", None),
+        case("a part of it", b"PRI * HTTP/2.0\r", None),
+        case("nothing", b"", None),
+    ],
+)
+def test_other_protocol_is_named(start: bytes, told: Optional[Tuple[int, str]]) -> None:
+    if told is None:
+        shim.check_protocol(start)
+        return
+    with pytest.raises(shim.ProtocolError) as caught:
+        shim.check_protocol(start)
+    assert (caught.value.status, caught.value.message) == told
 
 
 @pytest.mark.parametrize(
@@ -13178,6 +13494,33 @@ LOOPBACK = "localhost:8765"
         case("the same origin", {"host": LOOPBACK, "sec-fetch-site": "same-origin"}, True),
         case("another site", {"host": LOOPBACK, "sec-fetch-site": "cross-site"}, False),
         case("the same site", {"host": LOOPBACK, "sec-fetch-site": "same-site"}, False),
+        case("an allowed page", {"host": LOOPBACK, "origin": "https://app.example:8443"}, True),
+        case(
+            "an allowed page, as browsers say it",
+            {
+                "host": LOOPBACK,
+                "origin": "https://app.example:8443",
+                "sec-fetch-site": "cross-site",
+            },
+            True,
+        ),
+        case("an allowed page at another port", {"origin": "https://app.example"}, False),
+        case("an allowed page without TLS", {"origin": "http://app.example:8443"}, False),
+        case("an allowed page in capitals", {"origin": "https://APP.example:8443"}, False),
+        case("an allowed page, and more", {"origin": "https://app.example:8443.e.example"}, False),
+        case(
+            "an allowed page for a foreign name",
+            {"host": "evil.example", "origin": "https://app.example:8443"},
+            False,
+        ),
+        case(
+            "no word of an allowed page", {"host": LOOPBACK, "sec-fetch-site": "cross-site"}, False
+        ),
+        case(
+            "a proxy's word in the standard's form",
+            {"host": "evil.example", "forwarded": "host=localhost"},
+            False,
+        ),
         case(
             "a proxy's word, which counts for nothing",
             {"host": "evil.example", "x-forwarded-host": "localhost"},
@@ -13186,13 +13529,158 @@ LOOPBACK = "localhost:8765"
     ],
 )
 def test_origin_of_a_request_s2_b6(fields: Dict[str, str], allowed: bool) -> None:
-    head = shim.Head("POST", "/v1/messages", 1, {k: [v] for k, v in fields.items()})
-    names = frozenset({"127.0.0.1", "my.example"})
+    head = shim.Head("GET", "/v1/messages", 1, {k: [v] for k, v in fields.items()})
+    names, origins = frozenset({"127.0.0.1", "my.example"}), frozenset({"https://app.example:8443"})
     if allowed:
-        shim.check_origin(head, names)
+        shim.check_origin(head, names, origins)
     else:
         with pytest.raises(shim.ForbiddenError):
-            shim.check_origin(head, names)
+            shim.check_origin(head, names, origins)
+
+
+def test_one_allowed_origin_of_two_is_not_enough() -> None:
+    fields = {"host": [LOOPBACK], "origin": ["https://app.example", "https://evil.example"]}
+    with pytest.raises(shim.ForbiddenError):
+        shim.check_origin(
+            shim.Head("GET", "/", 1, fields), frozenset(), frozenset({"https://app.example"})
+        )
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://app.example"])
+@pytest.mark.parametrize(
+    ("fields", "allowed"),
+    [
+        case("JSON", {"content-type": "application/json"}, True),
+        case("JSON with a charset", {"content-type": "Application/JSON; charset=utf-8"}, True),
+        case("a field that no form can send", {"anthropic-version": "2023-06-01"}, True),
+        case("no type", {}, False),
+        case("plain text", {"content-type": "text/plain"}, False),
+        case("JSON as plain text", {"content-type": "text/plain; application/json"}, False),
+        case("a form", {"content-type": "application/x-www-form-urlencoded"}, False),
+        case("a form with files", {"content-type": "multipart/form-data; boundary=x"}, False),
+        case("a longer word", {"content-type": "application/jsonx"}, False),
+    ],
+)
+def test_form_of_a_page_is_refused(fields: Dict[str, str], allowed: bool, origin: str) -> None:
+    given = {"host": LOOPBACK, "origin": origin, **fields}
+    head = shim.Head("POST", "/v1/messages", 1, {k: [v] for k, v in given.items()})
+    if allowed:
+        shim.check_origin(head, frozenset(), frozenset({"https://app.example"}))
+    else:
+        with pytest.raises(shim.UnsupportedTypeError):
+            shim.check_origin(head, frozenset(), frozenset({"https://app.example"}))
+
+
+def test_program_may_send_any_type() -> None:
+    fields = {"host": [LOOPBACK], "content-type": ["application/x-www-form-urlencoded"]}
+    shim.check_origin(shim.Head("POST", "/v1/messages", 1, fields), frozenset())
+
+
+READ_BY_PAGES = (
+    "request-id, x-request-id, x-claude-shim-ignored, x-claude-shim-estimate, "
+    "retry-after, retry-after-ms, x-should-retry, "
+    "x-ratelimit-limit-requests, x-ratelimit-limit-tokens, "
+    "x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
+    "x-ratelimit-reset-requests, x-ratelimit-reset-tokens, "
+    "anthropic-ratelimit-requests-limit, anthropic-ratelimit-requests-remaining, "
+    "anthropic-ratelimit-requests-reset, "
+    "anthropic-ratelimit-tokens-limit, anthropic-ratelimit-tokens-remaining, "
+    "anthropic-ratelimit-tokens-reset, "
+    "anthropic-ratelimit-input-tokens-limit, anthropic-ratelimit-input-tokens-remaining, "
+    "anthropic-ratelimit-input-tokens-reset, "
+    "anthropic-ratelimit-output-tokens-limit, anthropic-ratelimit-output-tokens-remaining, "
+    "anthropic-ratelimit-output-tokens-reset"
+)
+APP_ORIGIN = "https://app.example"
+
+
+@pytest.mark.parametrize(
+    ("line", "origin", "asked", "expected"),
+    [
+        case("a program", "POST /v1/messages", None, "", {}),
+        case("a foreign page", "POST /v1/messages", "https://evil.example", "", {}),
+        case("a preflight of a foreign page", "OPTIONS /", "https://evil.example", "accept", {}),
+        case("no origin", "GET /", "null", "", {}),
+        case(
+            "an allowed page",
+            "POST /v1/messages",
+            APP_ORIGIN,
+            "",
+            {"allow-origin": APP_ORIGIN, "expose-headers": READ_BY_PAGES},
+        ),
+        case(
+            "a preflight as the SDKs cause it",
+            "OPTIONS /v1/models?limit=1",
+            APP_ORIGIN,
+            "authorization, Content-Type,x-stainless-retry-count, anthropic-version",
+            {
+                "allow-origin": APP_ORIGIN,
+                "allow-methods": "GET, HEAD",
+                "allow-headers": (
+                    "authorization, content-type, x-stainless-retry-count, anthropic-version"
+                ),
+                "max-age": "600",
+            },
+        ),
+        case(
+            "a preflight that asks for more than there is",
+            "OPTIONS /v1/messages",
+            APP_ORIGIN,
+            "x-api-key, cookie, x-<script>, anthropic-<b>, *, x-forwarded-for",
+            {
+                "allow-origin": APP_ORIGIN,
+                "allow-methods": "POST",
+                "allow-headers": "x-api-key",
+                "max-age": "600",
+            },
+        ),
+        case(
+            "a preflight for what does not exist",
+            "OPTIONS /unknown",
+            APP_ORIGIN,
+            "",
+            {
+                "allow-origin": APP_ORIGIN,
+                "allow-methods": "",
+                "allow-headers": "",
+                "max-age": "600",
+            },
+        ),
+    ],
+)
+def test_page_is_told_what_it_may(
+    line: str, origin: Optional[str], asked: str, expected: Dict[str, str]
+) -> None:
+    method, target = line.split(" ")
+    fields = {"origin": [origin]} if origin else {}
+    head = shim.Head(method, target, 1, {**fields, "access-control-request-headers": [asked]})
+    assert shim.cross_origin_headers(head, frozenset()) == []
+    told = shim.cross_origin_headers(head, frozenset({APP_ORIGIN, "https://other.example"}))
+    assert dict(told) == {
+        "vary": "Origin",
+        **{f"access-control-{name}": value for name, value in expected.items()},
+    }
+
+
+def test_page_of_an_allowed_origin_reads_every_answer() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS), allowed_origins=frozenset({APP_ORIGIN}))
+    page = (f"Origin: {APP_ORIGIN}", "Sec-Fetch-Site: cross-site", "Content-Type: application/json")
+    with shim.Server(app) as server, RawClient(server) as client:
+        for raw, status in (
+            (raw_post("/v1/messages", ASKED, *page), 200),
+            (raw_post("/v1/chat/completions", {**ASKED, "stream": True}, *page), 200),
+            (raw_post("/v1/chat/completions", ASKED, *page), 200),
+            (raw_post("/v1/chat/completions", {}, *page), 400),
+            (raw_request("GET /unknown HTTP/1.1", *page), 404),
+            (raw_request("OPTIONS /v1/messages HTTP/1.1", *page), 204),
+        ):
+            answer = client.send(raw).answer()
+            assert (answer.status, answer.headers["access-control-allow-origin"]) == (
+                status,
+                APP_ORIGIN,
+            )
+            assert answer.headers["vary"] == "Origin"
+            assert "access-control-allow-credentials" not in answer.headers
 
 
 def test_refused_host_is_told_what_to_do() -> None:
@@ -13224,7 +13712,9 @@ def test_response_head_as_clients_get_it(status: int, headers: Any, expected: An
     first, own = expected
     assert shim.response_head(status, headers, 784111777) == (
         first + b"\r\ndate: Sun, 06 Nov 1994 08:49:37 GMT\r\nx-content-type-options: nosniff\r\n"
-        b"cache-control: no-store\r\n" + own + b"\r\n"
+        b"cache-control: no-store\r\n"
+        b"content-security-policy: default-src 'none'; frame-ancestors 'none'\r\n"
+        b"cross-origin-resource-policy: same-origin\r\n" + own + b"\r\n"
     )
 
 
@@ -13325,6 +13815,7 @@ ASKED: JSON = {
     "messages": [{"role": "user", "content": "hi"}],
 }
 ASKED_BYTES = json.dumps(ASKED).encode()
+GZIPPED_ASKED = gzip.compress(ASKED_BYTES)
 HEALTH = raw_request("GET /health HTTP/1.1")
 POST_MESSAGES = raw_post("/v1/messages", ASKED)
 POST_CHAT = raw_post("/v1/chat/completions", {**ASKED, "stream": True})
@@ -13354,7 +13845,9 @@ def served(request: Any) -> Iterator[Served]:
     """A server on a scripted upstream; small requests come whole or one byte at a time."""
     app, upstream = app_on(streamed(*TEXT_EVENTS))
     kind = shim.Server if request.param == "in one piece" else DrippingServer
-    with kind(app, limits=shim.ServerLimits(max_body=10_000, max_line=1_000)) as server:
+    limits = shim.ServerLimits(max_body=10_000, max_line=1_000, max_workers=1)
+    with kind(app, limits=limits) as server, RawClient(server) as client:
+        client.send(POST_MESSAGES).answer()  # begins the worker, which stays
         yield server, upstream
 
 
@@ -13388,7 +13881,7 @@ def chunked_post(coded: bytes, *fields: str, path: str = "/v1/messages") -> byte
         ),
         case(
             "trailers, which do not become header fields",
-            chunked_post(in_chunks(ASKED_BYTES) + b"0\r\nX-A: 1\r\nContent-Length: 5\r\n\r\n"),
+            chunked_post(in_chunks(ASKED_BYTES) + b"0\r\nX-A: 1\r\nContent-Type: b\r\n\r\n"),
         ),
         case(
             "chunked in other letters",
@@ -13396,6 +13889,14 @@ def chunked_post(coded: bytes, *fields: str, path: str = "/v1/messages") -> byte
                 "POST /v1/messages HTTP/1.1",
                 "TRANSFER-ENCODING: ChunkeD",
                 body=in_chunks(ASKED_BYTES) + LAST_CHUNK,
+            ),
+        ),
+        case("gzip", raw_post("/v1/messages", GZIPPED_ASKED, "Content-Encoding: gzip")),
+        case(
+            "deflate in chunks",
+            chunked_post(
+                in_chunks(*map(bytes, zip(zlib.compress(ASKED_BYTES)))) + LAST_CHUNK,
+                "Content-Encoding: deflate",
             ),
         ),
         case("an empty line before the request", b"\r\n" + POST_MESSAGES),
@@ -13408,7 +13909,11 @@ def chunked_post(coded: bytes, *fields: str, path: str = "/v1/messages") -> byte
         case("a line as long as allowed", raw_post("/v1/messages?" + "a" * 973, ASKED)),
         case("a field as long as allowed", raw_post("/v1/messages", ASKED, "X: " + "a" * 997)),
         case(
-            "a page of this machine", raw_post("/v1/messages", ASKED, "Origin: http://localhost:1")
+            "a page of this machine",
+            raw_post(
+                *("/v1/messages", ASKED),
+                *("Origin: http://localhost:1", "Content-Type: application/json"),
+            ),
         ),
     ],
 )
@@ -13503,6 +14008,11 @@ def test_request_that_ends_early_is_not_asked_of_upstream(served: Served) -> Non
         ),
         # Host
         case("no Host", raw_request("GET / HTTP/1.1", host=""), 400),
+        case(
+            "two types of the body",
+            raw_post("/v1/messages", ASKED, "Content-Type: a/b", "Content-Type: application/json"),
+            400,
+        ),
         case("two Hosts", raw_request("GET / HTTP/1.1", "Host: localhost"), 400),
         case("an empty Host", raw_request("GET / HTTP/1.1", host="Host:"), 400),
         # the length of the body
@@ -13565,7 +14075,18 @@ def test_request_that_ends_early_is_not_asked_of_upstream(served: Served) -> Non
             chunked_post(b"ffffffff\r\n" + b" " * 10_001),
             413,
         ),
-        case("a compressed body", raw_post("/v1/messages", ASKED, "Content-Encoding: gzip"), 415),
+        case("a body in brotli", raw_post("/v1/messages", ASKED, "Content-Encoding: br"), 415),
+        case("no gzip", raw_post("/v1/messages", ASKED, "Content-Encoding: gzip"), 400),
+        case(
+            "two members of gzip",
+            raw_post("/v1/messages", GZIPPED_ASKED * 2, "Content-Encoding: gzip"),
+            400,
+        ),
+        case(
+            "a bomb",
+            raw_post("/v1/messages", zlib.compress(bytes(10_001)), "Content-Encoding: deflate"),
+            413,
+        ),
         # chunks
         *[
             case(f"chunks that go {coded[:20]!r}", chunked_post(coded), 400)
@@ -13614,10 +14135,24 @@ def test_request_that_is_malformed_is_refused_and_ends_the_connection(
     assert upstream.requests[before:] == []
 
 
-def test_tls_on_the_plain_port_is_named(served: Served) -> None:
-    with RawClient(served[0]) as client:
-        answer = client.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"a" * 300).answer()
-    assert json.loads(answer.body)["error"]["message"] == "this port speaks plain HTTP, not TLS"
+def test_other_protocol_is_answered_and_logged() -> None:
+    log = io.StringIO()
+    app = shim.App(ScriptedUpstream(), log=shim.Log(log))
+    tls = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"a" * 300
+    with shim.Server(app) as server:
+        for _ in range(2):
+            with RawClient(server) as client:
+                answer = client.send(tls).answer()
+    sentence = "this port speaks plain HTTP, not TLS: use http://"
+    assert json.loads(answer.body)["error"]["message"] == sentence
+    assert log.getvalue() == f"note: a request was refused: {sentence}\n"
+
+
+def test_coding_that_is_not_known_is_told_with_those_that_are(served: Served) -> None:
+    for path in ("/v1/messages", "/v1/chat/completions"):
+        with RawClient(served[0]) as client:
+            answer = client.send(raw_post(path, ASKED, "Content-Encoding: zstd")).answer()
+        assert (answer.status, answer.headers["accept-encoding"]) == (415, "gzip, deflate")
 
 
 @pytest.mark.parametrize(
@@ -13680,7 +14215,19 @@ def test_unread_body_of_a_refused_request_is_never_taken_for_a_request(
         case(
             "a preflight of a foreign page",
             raw_request("OPTIONS /v1/messages HTTP/1.1", "Origin: http://evil.example"),
+            204,
+            "POST, OPTIONS",
+        ),
+        case(
+            "a preflight for a foreign Host",
+            raw_request("OPTIONS /v1/messages HTTP/1.1", host="Host: e.example"),
             403,
+            None,
+        ),
+        case(
+            "a form of a page of this machine",
+            raw_request("POST /v1/messages HTTP/1.1", "Origin: http://localhost:3000"),
+            415,
             None,
         ),
         case("a body that is no JSON", raw_post("/v1/messages", b"{"), 400, None),
@@ -13809,6 +14356,40 @@ def test_client_that_asks_whether_to_go_on_is_refused_at_once(
     assert answer.status == status
 
 
+MARKUP = "<script>alert(1)</script>"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        case("a path", raw_request(f"GET /{MARKUP} HTTP/1.1")),
+        case("a path of a model", raw_request(f"GET /v1/models/{MARKUP} HTTP/1.1")),
+        case("a method", raw_request("G<b> / HTTP/1.1")),
+        case("a Host", raw_request("GET / HTTP/1.1", host=f"Host: {MARKUP}")),
+        case("an Origin", raw_request("GET / HTTP/1.1", f"Origin: http://{MARKUP}")),
+        case("a request id", raw_request("GET /unknown HTTP/1.1", f"X-Request-Id: {MARKUP}")),
+        case("a coding", raw_post("/v1/messages", ASKED, f"Content-Encoding: {MARKUP}")),
+        case("a model", raw_post("/v1/messages", {**ASKED, "model": MARKUP})),
+        case("a model for OpenAI", raw_post("/v1/chat/completions", {**ASKED, "model": MARKUP})),
+        case("a value", raw_post("/v1/chat/completions", {**ASKED, "tool_choice": MARKUP})),
+        case("a body", raw_post("/v1/chat/completions", MARKUP.encode())),
+    ],
+)
+def test_what_a_client_sent_is_never_markup_in_an_answer(raw: bytes, served: Served) -> None:
+    with RawClient(served[0]) as client:
+        head = client.send(raw).until(b"\r\n\r\n")
+        body = client.exactly(int(re.findall(rb"content-length: (\d+)", head)[0]))
+    assert b"<" not in head + body
+    assert json.loads(body)["error"]["message"]
+    for field in (
+        b"content-type: application/json",
+        b"x-content-type-options: nosniff",
+        b"content-security-policy: default-src 'none'; frame-ancestors 'none'",
+        b"cache-control: no-store",
+    ):
+        assert field in head.split(b"\r\n")
+
+
 KEYED = shim.ClientKeys({"ann": "s3cret"})
 
 
@@ -13820,10 +14401,10 @@ KEYED = shim.ClientKeys({"ann": "s3cret"})
         case("a key beyond ASCII", ["X-Api-Key: s3cr\xe9t"], 401),
         case("no key, and a question whether to go on", ["Expect: 100-continue"], 401),
         case("no key, and a proxy's word", ["X-Forwarded-For: 127.0.0.1"], 401),
-        case("no key, and a compressed body", ["Content-Encoding: gzip"], 401),
+        case("no key, and a body in brotli", ["Content-Encoding: br"], 401),
         case("no key, and a foreign page", ["Origin: http://evil.example"], 403),
         case("a key, and a foreign page", ["X-Api-Key: s3cret", "Origin: http://e.example"], 403),
-        case("a key, and a compressed body", ["X-Api-Key: s3cret", "Content-Encoding: gzip"], 415),
+        case("a key, and a body in brotli", ["X-Api-Key: s3cret", "Content-Encoding: br"], 415),
         case("a key", ["authorization: bearer s3cret"], 200),
         case("a key as Azure's clients send it", ["api-key: s3cret"], 200),
     ],
@@ -13894,9 +14475,9 @@ def test_body_has_a_limit_in_all_too_s3_b15_s3_b16_s4_b31() -> None:
 class RecordedSocket(socket.socket):
     """Remembers what was sent in one call."""
 
-    def sendall(self, piece: Any, flags: int = 0) -> None:
+    def send(self, piece: Any, flags: int = 0) -> int:
         RECORDED.append(bytes(piece))
-        super().sendall(piece, flags)
+        return super().send(piece, flags)
 
 
 RECORDED: List[bytes] = []
@@ -14019,9 +14600,9 @@ def test_request_reaches_upstream_with_its_key_and_not_the_client_s() -> None:
     assert head.decode().split("\r\n") == [
         "POST /v1/messages HTTP/1.1",
         f"Host: {fake.host}",
+        "Accept-Encoding: identity",
         "anthropic-version: 2023-06-01",
         "x-api-key: sk-ant-api03-upstream",
-        "Accept-Encoding: identity",
         f"Content-Length: {len(ASKED_BYTES)}",
     ]
     assert body == ASKED_BYTES
@@ -14398,7 +14979,8 @@ def test_fifty_streams_at_once() -> None:
 
 def test_stop_leaves_nothing_though_a_stream_is_open() -> None:
     with FakeUpstream([BEGUN, UNTIL_GONE]) as fake:
-        server = shim.Server(app_before(fake.url)).start()
+        limits = shim.ServerLimits(drain_seconds=0.1)
+        server = shim.Server(app_before(fake.url), limits=limits).start()
         with RawClient(server) as client, RawClient(server) as idle, RawClient(server) as begun:
             begun.send(b"GET / HT")
             assert idle.send(HEALTH).answer().status == 200
@@ -14436,75 +15018,43 @@ def test_port_that_is_taken_is_an_error() -> None:
 # --- silence
 
 
-class SocketSource(shim.Source):
-    """Bursts out of a socket."""
-
-    def __init__(self, sock: socket.socket, silence_seconds: float) -> None:
-        self.sock: socket.socket = sock
-        self.silence_seconds = silence_seconds
-
-    def ready(self) -> bool:
-        return False
-
-    def read(self) -> bytes:
-        return self.sock.recv(1 << 16)
+QUICK = shim.ServerLimits(heartbeat_seconds=0.02)
 
 
-class MarkedTransform(shim.Transform):
-    """Shows heartbeats, and how it ended."""
-
-    heartbeat = b"(beat)"
-
-    def end(self, error: Optional[shim.ShimError] = None) -> bytes:
-        self.complete = error is None
-        return f"(end {type(error).__name__})".encode()
-
-
-@pytest.fixture
-def wire() -> Iterator[Tuple[socket.socket, socket.socket]]:
-    near, far = socket.socketpair()
-    with near, far:
-        yield near, far
+def test_silence_is_filled_with_heartbeats_s3_b29() -> None:
+    go = threading.Event()
+    with (
+        FakeUpstream([BEGUN, go, in_chunks(LAST_EVENTS) + LAST_CHUNK]) as fake,
+        shim.Server(app_before(fake.url), limits=QUICK) as server,
+        RawClient(server) as client,
+    ):
+        client.send(POST_CHAT)
+        for _ in range(3):
+            client.until(b": keep-alive\n\n")
+        go.set()
+        assert client.until(LAST_CHUNK).endswith(b"data: [DONE]\n\n\r\n" + LAST_CHUNK)
 
 
-Wire = Tuple[socket.socket, socket.socket]
+def test_heartbeats_do_not_prolong_the_silence() -> None:
+    with (
+        FakeUpstream([BEGUN, UNTIL_GONE]) as fake,
+        shim.Server(app_before(fake.url, silence=0.2), limits=QUICK) as server,
+        RawClient(server) as client,
+    ):
+        made = client.send(POST_CHAT).rest()
+        assert made.count(b": keep-alive\n\n") >= 2
+        assert b"upstream fell silent" in made
+        assert not made.endswith(LAST_CHUNK)
 
 
-def test_silence_is_filled_with_heartbeats_s3_b29(wire: Wire) -> None:
-    near, far = wire
-    stream = shim.Stream(SocketSource(near, 60.0), MarkedTransform())
-    pump = shim.pumped(stream, shim.ClientWatch(), 0.01)
-    assert [next(pump), next(pump)] == [b"(beat)", b"(beat)"]
-    far.sendall(b"burst")
-    assert next(pump) == b"burst"
-    assert next(pump) == b"(beat)"
-    far.close()
-    assert list(pump) == [b"(end NoneType)"]
-
-
-def test_heartbeats_do_not_prolong_the_silence(wire: Wire) -> None:
-    stream = shim.Stream(SocketSource(wire[0], 0.2), MarkedTransform())
-    *beats, last = shim.pumped(stream, shim.ClientWatch(), 0.01)
-    assert last == b"(end UpstreamTimeoutError)"
-    assert set(beats) == {b"(beat)"}
-    assert not stream.transform.complete
-
-
-def test_silence_without_heartbeats_has_its_limit_too(wire: Wire) -> None:
-    stream = shim.Stream(SocketSource(wire[0], 0.05), shim.Transform())
-    assert list(shim.pumped(stream, shim.ClientWatch(), 60.0)) == []
-    assert not stream.transform.complete
-
-
-def test_client_that_leaves_during_silence_is_noticed_s3_b10(wire: Wire) -> None:
-    ours, clients = socket.socketpair()
-    stream = shim.Stream(SocketSource(wire[0], 60.0), MarkedTransform())
-    with ours:
-        pump = shim.pumped(stream, shim.ClientWatch(ours), 0.01)
-        assert next(pump) == b"(beat)"
-        clients.close()
-        with pytest.raises(shim.ClientGone):
-            list(pump)
+def test_client_that_leaves_during_silence_is_noticed_s3_b10() -> None:
+    with (
+        FakeUpstream([BEGUN, UNTIL_GONE]) as fake,
+        shim.Server(app_before(fake.url), limits=QUICK) as server,
+    ):
+        with RawClient(server) as client:
+            client.send(POST_CHAT).until(b": keep-alive\n\n")
+        assert fake.gone.wait(PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -14520,6 +15070,267 @@ def test_heartbeat_of_a_dialect_means_nothing(raw: bytes, expected: bytes) -> No
     body = ask(app, path, {**ASKED, "stream": True}).body
     assert isinstance(body, shim.Stream)
     assert body.transform.heartbeat == expected
+
+
+# --- load
+
+
+def waiting_server(fake: FakeUpstream, **limits: float) -> shim.Server:
+    return shim.Server(app_before(fake.url), limits=shim.ServerLimits()._replace(**limits))
+
+
+def test_idle_connections_cost_no_thread_and_hold_up_nobody() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    with shim.Server(app) as server, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(RawClient(server)) for _ in range(200)]
+        assert all(client.send(HEALTH).answer().status == 200 for client in idle)
+        threads = {thread.name for thread in threading.enumerate()}
+        assert len(threads) < 10
+        with RawClient(server) as client:
+            assert_whole_chat(client.send(POST_CHAT).answer())
+
+
+def test_requests_over_the_limit_wait_and_are_answered_in_order() -> None:
+    go = threading.Event()
+    script = [BEGUN, go, in_chunks(LAST_EVENTS) + LAST_CHUNK]
+    with (
+        FakeUpstream(script, [WHOLE_STREAM]) as fake,
+        waiting_server(fake, max_concurrent=1) as server,
+        RawClient(server) as first,
+        RawClient(server) as second,
+        RawClient(server) as third,
+    ):
+        first.send(POST_CHAT)
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        second.send(POST_CHAT)
+        third.send(POST_MESSAGES)
+        assert third.sock.gettimeout()
+        with RawClient(server) as other:
+            assert other.send(b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n").answer().status
+        assert len(fake.requests) == 1
+        go.set()
+        for client in (first, second):
+            assert_whole_chat(client.answer())
+        assert third.answer().status == 200
+        assert len(fake.requests) == 3
+
+
+def test_client_that_leaves_the_line_takes_no_turn_s4_b2() -> None:
+    go = threading.Event()
+    script = [BEGUN, go, in_chunks(LAST_EVENTS) + LAST_CHUNK]
+    with (
+        FakeUpstream(script, [WHOLE_STREAM]) as fake,
+        waiting_server(fake, max_concurrent=1, max_waiting=1) as server,
+        RawClient(server) as first,
+    ):
+        first.send(POST_CHAT)
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        with RawClient(server) as leaving, RawClient(server) as refused:
+            leaving.send(POST_CHAT)
+            while refused.send(POST_CHAT).answer().status != 503:
+                pass  # until `leaving` is in line
+        with RawClient(server) as last:
+            answer = last.send(POST_CHAT)
+            go.set()
+            assert_whole_chat(first.answer())
+            assert answer.answer().status in (200, 503)
+        assert len(fake.requests) <= 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "code"),
+    [
+        case("chat", POST_CHAT, 503, "server_is_overloaded"),
+        case("messages", POST_MESSAGES, 529, None),
+    ],
+)
+def test_request_whose_turn_does_not_come_is_refused(
+    raw: bytes, status: int, code: Optional[str]
+) -> None:
+    with (
+        FakeUpstream([BEGUN, UNTIL_GONE]) as fake,
+        waiting_server(fake, max_concurrent=1, wait_seconds=0.05) as server,
+        RawClient(server) as first,
+        RawClient(server) as second,
+    ):
+        first.send(POST_CHAT)
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        answer = second.send(raw).answer()
+        assert (answer.status, answer.headers["retry-after"]) == (status, "5")
+        assert json.loads(answer.body)["error"].get("code") == code
+        assert len(fake.requests) == 1
+
+
+def test_gate_lets_in_so_many_in_a_second() -> None:
+    class Queued(shim.Exchange):
+        def __init__(self) -> None:
+            self.relay = shim.Relay(lambda error, where: None)
+
+        def begin(self) -> None:
+            begun.append(self)
+
+        def wait_for_turn(self) -> None:
+            pass
+
+    begun: List[shim.Exchange] = []
+    gate = shim.Gate(shim.ServerLimits(requests_per_second=2.0))
+    asked = [Queued() for _ in range(4)]
+    for exchange in asked:
+        gate.enter(exchange)
+    assert begun == asked[:2]  # a second's worth at once
+    now = time.monotonic()
+    assert now < gate.tick(now) <= now + 0.5
+    gate.tick(now + 0.5)
+    for exchange in asked:
+        exchange.relay.stop()
+
+
+def test_slow_reader_holds_back_its_own_upstream_and_nobody_else() -> None:
+    filler = in_chunks(sse(message_start())) + in_chunks(sse({"type": "ping"}) * 2000) * 4000
+    with (
+        FakeUpstream([STREAM_HEAD, iter([filler] * 3), UNTIL_GONE], [WHOLE_STREAM]) as fake,
+        shim.Server(app_before(fake.url)) as server,
+        RawClient(server) as slow,
+        RawClient(server) as quick,
+    ):
+        slow.send(POST_MESSAGES).until(b"message_start")
+        assert_whole_chat(quick.send(POST_CHAT).answer())
+        assert max(connection.backlog for connection in server.connections) < 4 << 20
+
+
+def test_running_out_of_descriptors_makes_room_instead_of_spinning() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    limits = shim.ServerLimits(max_connections=3)
+    with shim.Server(app, limits=limits) as server, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(RawClient(server)) for _ in range(3)]
+        assert all(client.send(HEALTH).answer().status == 200 for client in idle)
+        last = stack.enter_context(RawClient(server))
+        assert last.send(HEALTH).answer().status == 200
+
+
+def test_work_that_takes_long_does_not_hold_up_other_requests() -> None:
+    go = threading.Event()
+
+    class Slow(ScriptedUpstream):
+        def send(self, request: shim.UpstreamRequest) -> shim.UpstreamResponse:
+            if b"wait" in request.body:
+                assert go.wait(PATIENCE)
+            return super().send(request)
+
+    app = shim.App(Slow(streamed(*TEXT_EVENTS)), policy=shim.Policy(live_models=False))
+    body = {**ASKED, "messages": [{"role": "user", "content": "wait"}]}
+    raw = json.dumps(body).encode()
+    with shim.Server(app) as server, RawClient(server) as slow, RawClient(server) as quick:
+        slow.send(raw_post("/v1/chat/completions", raw))
+        assert_whole_chat(quick.send(POST_CHAT).answer())
+        go.set()
+        assert slow.answer().status == 200
+
+
+# --- other listeners
+
+
+def test_unix_socket_is_for_its_owner_only(tmp_path: Path) -> None:
+    path = tmp_path / "shim.sock"
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    with shim.Server(app, f"unix:{path}") as server:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert server.url.startswith("http+unix://")
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            sock.sendall(HEALTH)
+            assert sock.recv(1 << 16).startswith(b"HTTP/1.1 200 OK")
+        with pytest.raises(OSError, match="in use"):
+            shim.Server(app, f"unix:{path}")
+    assert not path.exists()
+
+
+def test_unix_socket_that_nobody_serves_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "shim.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    with shim.Server(app, f"unix:{path}"):
+        pass
+    (tmp_path / "precious").write_text("a file")
+    with pytest.raises(OSError, match="in use"):
+        shim.Server(app, f"unix:{tmp_path / 'precious'}")
+
+
+def test_listening_socket_can_be_inherited() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    with shim.Server(app, f"fd:{listener.detach()}") as server, RawClient(server) as client:
+        assert server.url == f"http://127.0.0.1:{port}"
+        assert client.send(HEALTH).answer().status == 200
+
+
+def test_inherited_socket_that_others_can_reach_needs_a_client_key() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    listener = socket.create_server(("0.0.0.0", 0))
+    with pytest.raises(shim.ConfigError, match="set a client key"):
+        shim.Server(app, f"fd:{listener.detach()}")
+
+
+def tls_client(server: shim.Server) -> RawClient:
+    client = RawClient(server)
+    client.sock = trusting().wrap_socket(client.sock, server_hostname="localhost")
+    return client
+
+
+def test_tls_listener_serves_requests_and_streams(tls_server: ssl.SSLContext) -> None:
+    with FakeUpstream([WHOLE_STREAM]) as fake:
+        server = shim.Server(app_before(fake.url))
+        server.tls = tls_server
+        with server, RawClient(server) as silent, tls_client(server) as client:
+            assert server.url.startswith("https://")
+            assert client.send(HEALTH).answer().status == 200
+            assert_whole_chat(client.send(POST_CHAT).answer())
+            assert silent.send(HEALTH).rest() == b""  # plain HTTP
+
+
+def test_tls_client_that_leaves_is_noticed(tls_server: ssl.SSLContext) -> None:
+    with FakeUpstream([BEGUN, UNTIL_GONE]) as fake:
+        server = shim.Server(app_before(fake.url))
+        server.tls = tls_server
+        with server:
+            with tls_client(server) as client:
+                client.send(POST_CHAT).until(b"Hel")
+            assert fake.gone.wait(PATIENCE)
+
+
+# --- the end
+
+
+def test_stop_lets_running_answers_end_and_says_so_to_health_checks() -> None:
+    go = threading.Event()
+    with FakeUpstream([BEGUN, go, in_chunks(LAST_EVENTS) + LAST_CHUNK]) as fake:
+        server = shim.Server(app_before(fake.url)).start()
+        with RawClient(server) as client, RawClient(server) as begun:
+            begun.send(HEALTH[:-2])
+            client.send(POST_CHAT)
+            assert fake.stalled.acquire(timeout=PATIENCE)
+            stopping = threading.Thread(target=server.stop)
+            stopping.start()
+            while not server.draining:
+                pass
+            go.set()
+            assert_whole_chat(client.answer())
+            stopping.join(PATIENCE)
+            assert not stopping.is_alive()
+
+
+def test_answer_that_does_not_end_in_time_is_cut_by_an_error_s4_b28() -> None:
+    with FakeUpstream([BEGUN, UNTIL_GONE]) as fake:
+        limits = shim.ServerLimits(drain_seconds=0.05)
+        server = shim.Server(app_before(fake.url), limits=limits).start()
+        with RawClient(server) as client:
+            client.send(POST_CHAT).until(b"Hel")
+            server.stop()
+            made = client.rest()
+            assert b"claude_shim is being stopped" in made
+            assert not made.endswith(LAST_CHUNK)
 
 
 # ----------------------------------------------------------------------
@@ -14568,6 +15379,7 @@ def test_settings_without_any() -> None:
         "oauth_scope": "user:profile user:inference",
         "client_key_file": "",
         "allow_host": (),
+        "allow_origin": (),
         "alias": {},
         "opus": "",
         "sonnet": "",
@@ -14584,6 +15396,13 @@ def test_settings_without_any() -> None:
         "client_cert": "",
         "upstream_header": (),
         "allow_plain_http": False,
+        "unix": "",
+        "tls_cert": "",
+        "tls_key": "",
+        "max_concurrent": 256,
+        "max_waiting": 1024,
+        "requests_per_second": 0.0,
+        "drain_seconds": 30.0,
         "quiet": False,
     }
 
@@ -14620,6 +15439,24 @@ PARSED = [
         ["--allow-host", "a.example", "--allow-host", "b.example,c.example"],
         "allow_host",
         ("a.example", "b.example", "c.example"),
+    ),
+    case(
+        "names with what belongs to a URL",
+        ["--allow-host", "My.Example:8765 [FE80::1]"],
+        "allow_host",
+        ("my.example", "fe80::1"),
+    ),
+    case(
+        "origins of all kinds",
+        [
+            *("--allow-origin", "https://app.example https://app.example:8443"),
+            *("--allow-origin", "app://obsidian.md,http://[::1]:3000"),
+        ],
+        "allow_origin",
+        (
+            *("https://app.example", "https://app.example:8443"),
+            *("app://obsidian.md", "http://[::1]:3000"),
+        ),
     ),
     case(
         "several aliases",
@@ -14693,6 +15530,28 @@ BAD_SETTINGS = [
         {"argv": ["--retries", "-1"]},
         "--retries: expected a whole number, got '-1'",
     ),
+    *[
+        case(
+            f"a host of {host!r}",
+            {"argv": ["--allow-host", host]},
+            f"--allow-host: expected a host name such as my.example, got {host!r}",
+        )
+        for host in ("https://my.example", "my.example/", "*", "*.example", "a:b", "u@my.example")
+    ],
+    *[
+        case(
+            f"an origin of {origin!r}",
+            {"argv": ["--allow-origin", origin]},
+            "--allow-origin: expected an origin as browsers write it, "
+            f"such as https://app.example:8443, got {origin!r}",
+        )
+        for origin in (
+            *("*", "null", "https://*.example", "app.example", "https://", "file://"),
+            *("https://app.example/", "https://app.example/x", "https://app.example?x"),
+            *("HTTPS://app.example", "https://App.example", "https://u@app.example"),
+            *("http://app.example:80", "https://app.example:443", "https://app.example:"),
+        )
+    ],
     case(
         "an alias",
         {"argv": ["--alias", "gpt-4o"]},
@@ -15083,7 +15942,7 @@ TOKEN_FAULTS = [
     case(
         "it hangs in the middle",
         [b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n{", UNTIL_GONE],
-        "gave no answer: upstream fell silent in the middle of the answer",
+        "gave no answer: the answer took longer than the total limit",
     ),
     case(
         "it does not stop",
@@ -15169,7 +16028,8 @@ def test_pinned_credential_that_is_not_there_is_told_with_how_to_give_it_s1_r12(
 
 
 BAD_PROFILES = [
-    case("no JSON", "x", "the request body is not JSON"),
+    case("no JSON", "x", "default.json: Expecting value"),
+    case("a list", "[]", "default.json: expected an object"),
     case("another kind", '{"authentication": {"type": "x"}}', "neither user_oauth nor oidc"),
     case("plain http", PROFILE.replace("127.0.0.1:PORT", "h.example"), "must be https://"),
     case("no rule", FEDERATED.replace("fdrl_1", ""), "workload identity needs federation_rule_id"),
@@ -15214,6 +16074,23 @@ def test_start_renews_a_login_by_itself_and_says_what_it_is(tmp_path: Path) -> N
         f"  credential  OAuth login from {tmp_path / BUNDLE_FILE}, drawn from its Claude "
         "subscription or billed as extra usage\n"
     ) in text
+
+
+def test_new_settings_end_the_renewal_of_the_former_credential(tmp_path: Path) -> None:
+    """A timer that was left over would fail this test."""
+    laid(tmp_path, {BUNDLE_FILE: LOGIN})
+    env, log = {"HOME": str(tmp_path)}, io.StringIO()
+    with shim.server_from(settings_of("--port", "0"), env, log) as server:
+        assert server.app.credential.describe().kind == "oauth-bundle"
+        later = {**env, "ANTHROPIC_API_KEY": "sk-ant-api03-later"}
+        settings = settings_of("--auth", "api-key", "--fallback-auth", "oauth-bundle")
+        shim.reconfigure(server, settings, later)
+        assert [payer.describe().kind for payer in server.app.payers()] == [
+            "api-key",
+            "oauth-bundle",
+        ]
+        server.app.log.write("sk-ant-api03-later sk-ant-oat01-b")
+    assert log.getvalue().endswith("[secret] [secret]\n")
 
 
 def test_fallback_that_is_used_anyway_is_refused(tmp_path: Path) -> None:
@@ -15480,18 +16357,33 @@ def test_start_with_the_echo_answers_and_ends_with_0(tmp_path: Path) -> None:
 # --- as a library
 
 
+class FixedApp(shim.App):
+    """Answers every request in the same way."""
+
+    def __init__(self, response: shim.Response, log: shim.Log) -> None:
+        super().__init__(ScriptedUpstream(FINE), log=log)
+        self._response = response
+
+    def answering(self, request: shim.Request) -> shim.Conversation[shim.Response]:
+        return self._response
+        yield
+
+
 def test_fault_of_ours_in_a_stream_is_an_error_and_is_reported() -> None:
     class Broken(shim.EventTransform):
         def feed(self, burst: bytes) -> bytes:
             raise KeyError("oh")
 
-    told: List[Exception] = []
+    lines = io.StringIO()
     stream = shim.Stream(
         ScriptedSource([sse(*TEXT_EVENTS)]), Broken(shim.ChatStreamEncoder(shim.ChatReply()))
     )
-    made = b"".join(shim.pumped(stream, shim.ClientWatch(), 15.0, told.append))
-    assert chunks(made)[0]["error"]["message"] == "claude_shim failed on this answer"
-    assert [type(error) for error in told] == [KeyError]
+    app = FixedApp(shim.Response(200, [], stream), shim.Log(lines))
+    with shim.Server(app) as server, RawClient(server) as client:
+        made = client.send(POST_CHAT).rest()
+    assert b"claude_shim failed on this answer" in made
+    assert not made.endswith(LAST_CHUNK)
+    assert "KeyError at" in lines.getvalue()
     assert not stream.transform.complete
 
 
