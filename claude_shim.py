@@ -4340,6 +4340,92 @@ def parsed_client_keys(text: str, source: str) -> Dict[str, str]:
     return keys
 
 
+# --- logging in: RFC 7636 (PKCE), in the browser (RFC 8252) or by a pasted line
+
+AUTHORIZE_URL = "https://claude.com/cai/oauth/authorize"
+PASTE_REDIRECT_URI = "https://platform.claude.com/oauth/code/callback"  # its page shows CODE#STATE
+
+
+class LoginError(Exception):
+    """A login ended without tokens; the message says why and what to do."""
+
+
+class WrongCallbackError(Exception):
+    """Not the answer to this login: anybody could have sent it, so it changes nothing."""
+
+
+class LoginAttempt:
+    """One attempt to log in: where its user is sent, and which answer it believes.
+
+    `verifier` and `state` are two random numbers of 256 bits; only the challenge of the first goes
+    through the browser, and the second must come back from there.
+    """
+
+    def __init__(self, redirect_uri: str, verifier: str, state: str) -> None:
+        self._redirect_uri = redirect_uri
+        self._verifier = verifier
+        self._state = state
+
+    def url(self, authorize_url: str, client_id: str, scope: str) -> str:
+        """Return the page on which the user agrees."""
+        challenge = hashlib.sha256(self._verifier.encode("ascii")).digest()
+        fields = {
+            "code": "true",
+            "client_id": client_id,
+            "response_type": "code",
+            "redirect_uri": self._redirect_uri,
+            "scope": scope,
+            "code_challenge": base64.urlsafe_b64encode(challenge).decode("ascii").rstrip("="),
+            "code_challenge_method": "S256",
+            "state": self._state,
+        }
+        return f"{authorize_url}?{urllib.parse.urlencode(fields)}"
+
+    def code_called_back(self, query: str) -> str:
+        """Return the code in the query of a callback.
+
+        WrongCallbackError if it does not answer this attempt, LoginError if the login was denied.
+        """
+        try:
+            pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=20)
+        except ValueError:
+            raise WrongCallbackError() from None
+        fields = dict(pairs)
+        if len(fields) < len(pairs) or not self._is_ours(fields.get("state", "")):
+            raise WrongCallbackError()
+        if "error" in fields:
+            reason = re.sub(r"[^a-z_]", "", fields["error"])[:40] or "no reason given"
+            raise LoginError(f"the login was not granted ({reason})")
+        return _checked_code(fields.get("code", ""))
+
+    def code_pasted(self, line: str) -> str:
+        """Return the code of a pasted CODE#STATE; WrongCallbackError if it is none of ours."""
+        code, _, state = line.strip().partition("#")
+        if not self._is_ours(state):
+            raise WrongCallbackError()
+        return _checked_code(code)
+
+    def _is_ours(self, state: str) -> bool:
+        return hmac.compare_digest(state.encode("utf-8", "replace"), self._state.encode("ascii"))
+
+    def token_request(self, code: str, client_id: str) -> JSON:
+        """Return what is posted to exchange a code for tokens (JSON here, not a form)."""
+        return {
+            "grant_type": "authorization_code",
+            "code": code,
+            "redirect_uri": self._redirect_uri,
+            "client_id": client_id,
+            "code_verifier": self._verifier,
+            "state": self._state,
+        }
+
+
+def _checked_code(code: str) -> str:
+    if not re.fullmatch(r"[\x21-\x7e]{1,4096}", code):
+        raise WrongCallbackError()
+    return code
+
+
 # ----------------------------------------------------------------------
 # 9. Upstream over HTTP                                      uses: 0 1 4
 # ----------------------------------------------------------------------
@@ -7651,6 +7737,105 @@ def serve(server: Server) -> None:
         pass
     finally:
         server.stop()
+
+
+# --- login and logout
+
+CALLBACK_PAGES = {
+    200: "claude_shim has its answer. You can close this page.",
+    400: "This is not the answer that claude_shim waits for.",
+    403: "The login was not granted. You can close this page.",
+}
+_CALLBACK_HEADERS = [
+    ("content-type", "text/html; charset=utf-8"),
+    ("content-security-policy", "default-src 'none'"),
+    ("referrer-policy", "no-referrer"),  # the address holds the code
+    ("connection", "close"),
+]
+
+
+class CallbackListener:
+    """Waits on 127.0.0.1, at a free port, for the browser to come back with the code.
+
+    A hit that is not the answer gets a 400 and the wait goes on: any web page can send one. Nor
+    does a connection that says nothing hold up another; browsers open some in advance.
+    """
+
+    MAX_CONNECTIONS = 32
+    MAX_HEAD = 16 << 10
+
+    def __init__(self) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server.settimeout(1.0)
+        self._port: int = self._server.getsockname()[1]
+        self._heads: Dict[socket.socket, bytes] = {}
+        self.redirect_uri = f"http://localhost:{self._port}/callback"  # by the registered name
+
+    def __enter__(self) -> CallbackListener:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for sock in (self._server, *self._heads):
+            sock.close()
+
+    def code(self, attempt: LoginAttempt, seconds: float) -> str:
+        """Return the code of the right callback; LoginError if it was denied or did not come."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for sock in readable([self._server, *self._heads], deadline - time.monotonic()):
+                if sock is self._server:
+                    self._accept()
+                elif sock in self._heads and (code := self._read(sock, attempt)):
+                    return code
+        raise LoginError("the browser did not come back in time; run login again")
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = self._server.accept()
+            connection.settimeout(1.0)
+            self._heads[connection] = b""
+        if len(self._heads) > self.MAX_CONNECTIONS:
+            silent = next(iter(self._heads))
+            del self._heads[silent]
+            silent.close()
+
+    def _read(self, connection: socket.socket, attempt: LoginAttempt) -> str:
+        """The code, if the head is whole now and holds it."""
+        burst = b""
+        with contextlib.suppress(OSError):
+            burst = connection.recv(_PIECE)
+        head, end, _ = (self._heads.pop(connection) + burst).partition(b"\r\n\r\n")
+        if burst and not end and len(head) < self.MAX_HEAD:
+            self._heads[connection] = head
+            return ""
+        try:
+            code = attempt.code_called_back(self._query(head))
+        except (ProtocolError, WrongCallbackError):
+            _show_page(connection, 400)
+            return ""
+        except LoginError:
+            _show_page(connection, 403)
+            raise
+        _show_page(connection, 200)
+        return code
+
+    def _query(self, head: bytes) -> str:
+        request = parsed_head(head)
+        path, _, query = request.target.partition("?")
+        host = "".join(request.values("host")).lower()
+        ours = host in (f"localhost:{self._port}", f"127.0.0.1:{self._port}")  # no DNS rebinding
+        if not ours or (request.method, path) != ("GET", "/callback"):
+            raise WrongCallbackError()
+        return query
+
+
+def _show_page(connection: socket.socket, status: int) -> None:
+    title = "<!doctype html><html lang=en><meta charset=utf-8><title>claude_shim</title>"
+    page = f"{title}<p>{CALLBACK_PAGES[status]}</p>\n".encode("ascii")
+    headers = [*_CALLBACK_HEADERS, ("content-length", str(len(page)))]
+    with connection, contextlib.suppress(OSError):
+        connection.sendall(response_head(status, headers, int(time.time())) + page)
+        connection.shutdown(socket.SHUT_WR)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

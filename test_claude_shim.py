@@ -9812,6 +9812,102 @@ def test_checked_secret_refused_without_showing_it(text: str, reason: str) -> No
     assert str(caught.value) == f"the key from FILE {reason}"
 
 
+# --- logging in
+
+# The pair of RFC 7636, appendix B.
+VERIFIER = "dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk"
+CHALLENGE = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"
+ATTEMPT = shim.LoginAttempt("http://localhost:5/callback", VERIFIER, "state-of-ours")
+
+
+def test_login_url_shows_the_challenge_and_a_state_of_its_own() -> None:
+    """pi#7515: the verifier was sent along as the state, so the challenge hid nothing."""
+    url = ATTEMPT.url("https://claude.example/authorize", "client-1", "user:inference user:profile")
+    assert url == (
+        "https://claude.example/authorize?code=true&client_id=client-1&response_type=code"
+        "&redirect_uri=http%3A%2F%2Flocalhost%3A5%2Fcallback"
+        "&scope=user%3Ainference+user%3Aprofile"
+        f"&code_challenge={CHALLENGE}&code_challenge_method=S256&state=state-of-ours"
+    )
+    assert VERIFIER not in url
+
+
+def test_code_is_exchanged_with_the_verifier() -> None:
+    assert ATTEMPT.token_request("code-1", "client-1") == {
+        "grant_type": "authorization_code",
+        "code": "code-1",
+        "redirect_uri": "http://localhost:5/callback",
+        "client_id": "client-1",
+        "code_verifier": VERIFIER,
+        "state": "state-of-ours",
+    }
+
+
+def test_login_attempt_shows_neither_verifier_nor_state() -> None:
+    assert VERIFIER not in repr(ATTEMPT)
+    assert "state-of-ours" not in repr(ATTEMPT)
+
+
+CODES = [
+    case("of a callback", "code_called_back", "code=c-1&state=state-of-ours", "c-1"),
+    case(
+        "of a callback with more in it",
+        "code_called_back",
+        "scope=a+b&code=c%2F1&state=state-of-ours",
+        "c/1",
+    ),
+    case("of a pasted line", "code_pasted", "c-1#state-of-ours", "c-1"),
+    case("of a line pasted with white space", "code_pasted", " c-1#state-of-ours\r\n", "c-1"),
+]
+
+
+@pytest.mark.parametrize(("form", "given", "code"), CODES)
+def test_code_of_a_login(form: str, given: str, code: str) -> None:
+    assert getattr(ATTEMPT, form)(given) == code
+
+
+NO_CODES = [
+    case("a wrong state", "code_called_back", "code=c-1&state=state-of-others"),
+    case("no state (eliza#20507 took it)", "code_called_back", "code=c-1"),
+    case("an empty state", "code_called_back", "code=c-1&state="),
+    case("a state beyond ASCII", "code_called_back", "code=c-1&state=%E4%B8%96%ff"),
+    case("two states", "code_called_back", "code=c-1&state=x&state=state-of-ours"),
+    case("two codes", "code_called_back", "code=c-1&code=c-2&state=state-of-ours"),
+    case("no code", "code_called_back", "state=state-of-ours"),
+    case("a code with a line end", "code_called_back", "code=c%0a1&state=state-of-ours"),
+    case("a denial of somebody else", "code_called_back", "error=access_denied&state=x"),
+    case("a denial without state", "code_called_back", "error=access_denied"),
+    case("a hundred fields", "code_called_back", "&".join(f"f{n}=1" for n in range(100))),
+    case("nothing", "code_called_back", ""),
+    case("a pasted code alone", "code_pasted", "c-1"),
+    case("a pasted line of another login", "code_pasted", "c-1#state-of-others"),
+    case("a pasted state alone", "code_pasted", "#state-of-ours"),
+    case("a pasted line with half a surrogate pair", "code_pasted", "c-1#\udcff"),
+    case("an empty line", "code_pasted", "\n"),
+]
+
+
+@pytest.mark.parametrize(("form", "given"), NO_CODES)
+def test_what_does_not_answer_a_login(form: str, given: str) -> None:
+    """veryfront#2321, everruns#2447: the state was not compared."""
+    with pytest.raises(shim.WrongCallbackError):
+        getattr(ATTEMPT, form)(given)
+
+
+DENIALS = [
+    case("with a reason", "error=access_denied", "(access_denied)"),
+    case("with an empty reason", "error=", "(no reason given)"),
+    case("with a hostile reason", "error=%1b[31ma%0Ab" + "c" * 90, "(mab" + "c" * 37 + ")"),
+]
+
+
+@pytest.mark.parametrize(("query", "reason"), DENIALS)
+def test_login_that_was_denied(query: str, reason: str) -> None:
+    with pytest.raises(shim.LoginError) as caught:
+        ATTEMPT.code_called_back(f"{query}&state=state-of-ours")
+    assert str(caught.value) == f"the login was not granted {reason}"
+
+
 # ----------------------------------------------------------------------
 # 9. Upstream over HTTP
 # ----------------------------------------------------------------------
@@ -15412,6 +15508,111 @@ def test_key_cannot_be_given_on_the_command_line() -> None:
     with pytest.raises(SystemExit) as caught:
         settings_of("--api-key", "sk-ant-1")
     assert caught.value.code == 2
+
+
+# --- login
+
+
+def called_back(listener: shim.CallbackListener, *requests: bytes) -> List[socket.socket]:
+    """Connections of a browser, each with its bytes sent; the listener need not run yet."""
+    port = int(listener.redirect_uri.split(":")[2].partition("/")[0])
+    return [browser_connection(port, request) for request in requests]
+
+
+def browser_connection(port: int, request: bytes) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
+    sock.sendall(request.replace(b"PORT", str(port).encode()))
+    return sock
+
+
+def page(sock: socket.socket) -> bytes:
+    """What the browser got, to the end of the connection."""
+    with sock, sock.makefile("rb") as stream:
+        return stream.read()
+
+
+CALLBACK = b"GET /callback?code=c-1&state=state-of-ours HTTP/1.1\r\nHost: localhost:PORT\r\n\r\n"
+
+WRONG_HITS = [
+    case("a wrong state", CALLBACK.replace(b"ours", b"others")),
+    case("another path", CALLBACK.replace(b"/callback", b"/favicon.ico")),
+    case("another method", CALLBACK.replace(b"GET", b"POST")),
+    case("a foreign host (DNS rebinding)", CALLBACK.replace(b"localhost", b"evil.example")),
+    case("another port of this host", CALLBACK.replace(b"PORT", b"80")),
+    case("no host", CALLBACK.replace(b"Host: localhost:PORT\r\n", b"")),
+    case("no HTTP", b"\x16\x03\x01\r\n\r\n"),
+    case("a head without end", b"GET /callback HTTP/1.1\r\nX: " + b"x" * (17 << 10)),
+]
+
+
+@pytest.mark.parametrize("request_", WRONG_HITS)
+def test_wrong_hit_is_a_400_and_the_login_goes_on(request_: bytes) -> None:
+    """mozilla cq#348: any page could abort the login."""
+    with shim.CallbackListener() as listener:
+        wrong, right = called_back(listener, request_, CALLBACK)
+        assert listener.code(ATTEMPT, PATIENCE) == "c-1"
+        assert page(right).startswith(b"HTTP/1.1 200 ")
+    got = page(wrong)
+    assert got.startswith(b"HTTP/1.1 400 ")
+    assert b"evil" not in got
+    assert b"others" not in got
+
+
+def test_page_of_a_login_shows_and_keeps_nothing() -> None:
+    with shim.CallbackListener() as listener:
+        (sock,) = called_back(listener, CALLBACK)
+        listener.code(ATTEMPT, PATIENCE)
+    head, _, body = page(sock).partition(b"\r\n\r\n")
+    assert body == (
+        b"<!doctype html><html lang=en><meta charset=utf-8><title>claude_shim</title>"
+        b"<p>claude_shim has its answer. You can close this page.</p>\n"
+    )
+    for line in (b"cache-control: no-store", b"referrer-policy: no-referrer"):
+        assert line in head.split(b"\r\n")
+
+
+def test_login_is_over_after_one_answer() -> None:
+    with shim.CallbackListener() as listener:
+        (first,) = called_back(listener, CALLBACK)
+        assert listener.code(ATTEMPT, PATIENCE) == "c-1"
+    first.close()
+    with pytest.raises(ConnectionRefusedError):
+        called_back(listener, CALLBACK)
+
+
+def test_denied_login_ends_the_wait() -> None:
+    with shim.CallbackListener() as listener:
+        (sock,) = called_back(listener, CALLBACK.replace(b"code=c-1", b"error=access_denied"))
+        with pytest.raises(shim.LoginError, match="access_denied"):
+            listener.code(ATTEMPT, PATIENCE)
+    assert page(sock).startswith(b"HTTP/1.1 403 ")
+
+
+def test_silent_connections_hold_up_no_login() -> None:
+    with shim.CallbackListener() as listener:
+        silent = called_back(listener, *[b"GET /callb"] * 40)
+        (right,) = called_back(listener, CALLBACK)
+        assert listener.code(ATTEMPT, PATIENCE) == "c-1"
+        right.close()
+    for sock in silent:
+        sock.close()
+
+
+def test_callback_in_pieces_is_waited_for() -> None:
+    with shim.CallbackListener() as listener:
+        (sock,) = called_back(listener, CALLBACK[:20])
+        with pytest.raises(shim.LoginError):
+            listener.code(ATTEMPT, 0.05)
+        port = listener.redirect_uri.split(":")[2].partition("/")[0].encode()
+        sock.sendall(CALLBACK[20:].replace(b"PORT", port))
+        assert listener.code(ATTEMPT, PATIENCE) == "c-1"
+        sock.close()
+
+
+def test_login_that_nobody_answers_ends() -> None:
+    with shim.CallbackListener() as listener, pytest.raises(shim.LoginError) as caught:
+        listener.code(ATTEMPT, 0.01)
+    assert str(caught.value) == "the browser did not come back in time; run login again"
 
 
 # --- as a program of its own
