@@ -4343,7 +4343,7 @@ def parsed_client_keys(text: str, source: str) -> Dict[str, str]:
 # --- logging in: RFC 7636 (PKCE), in the browser (RFC 8252) or by a pasted line
 
 AUTHORIZE_URL = "https://claude.com/cai/oauth/authorize"
-PASTE_REDIRECT_URI = "https://platform.claude.com/oauth/code/callback"  # its page shows CODE#STATE
+MANUAL_REDIRECT_URL = "https://platform.claude.com/oauth/code/callback"  # shows CODE#STATE
 
 
 class LoginError(Exception):
@@ -4408,8 +4408,8 @@ class LoginAttempt:
     def _is_ours(self, state: str) -> bool:
         return hmac.compare_digest(state.encode("utf-8", "replace"), self._state.encode("ascii"))
 
-    def token_request(self, code: str, client_id: str) -> JSON:
-        """Return what is posted to exchange a code for tokens (JSON here, not a form)."""
+    def token_fields(self, code: str, client_id: str) -> Dict[str, str]:
+        """Return what is posted to the token endpoint to exchange a code for tokens."""
         return {
             "grant_type": "authorization_code",
             "code": code,

@@ -9833,7 +9833,7 @@ def test_login_url_shows_the_challenge_and_a_state_of_its_own() -> None:
 
 
 def test_code_is_exchanged_with_the_verifier() -> None:
-    assert ATTEMPT.token_request("code-1", "client-1") == {
+    assert ATTEMPT.token_fields("code-1", "client-1") == {
         "grant_type": "authorization_code",
         "code": "code-1",
         "redirect_uri": "http://localhost:5/callback",
