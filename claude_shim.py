@@ -4129,6 +4129,17 @@ class BundleFile(TokenSource):
             self._lock = None
 
 
+@contextlib.contextmanager
+def locked_login(path: str) -> Iterator[None]:
+    """Keep processes that renew the login of `path` from doing so: they would write it again."""
+    lock = lock_file(_own_target(path) + ".lock")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 # --- other sources of tokens
 
 
@@ -4341,9 +4352,6 @@ def parsed_client_keys(text: str, source: str) -> Dict[str, str]:
 
 
 # --- logging in: RFC 7636 (PKCE), in the browser (RFC 8252) or by a pasted line
-
-AUTHORIZE_URL = "https://claude.com/cai/oauth/authorize"
-MANUAL_REDIRECT_URL = "https://platform.claude.com/oauth/code/callback"  # shows CODE#STATE
 
 
 class LoginError(Exception):
@@ -7164,20 +7172,23 @@ def bundle_path(settings: Settings, environment: Dict[str, str]) -> str:
     return os.path.join(folder, "claude-shim", "oauth.json")
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """Return the parser made of OPTIONS."""
+def argument_parser(command: str = "serve") -> argparse.ArgumentParser:
+    """Return the parser for what follows a word of COMMANDS: its switches, and OPTIONS."""
+    others = ", ".join(name for name in COMMANDS if name != command)
     parser = argparse.ArgumentParser(
-        prog="claude_shim",
-        description="Use Claude from any program that speaks OpenAI's or Anthropic's API.",
+        prog="claude_shim" if command == "serve" else f"claude_shim {command}",
+        description=f"{COMMANDS[command].help}. Other commands: {others}.",
         epilog="Each option can also be set by an environment variable (--base-url by "
-        "CLAUDE_SHIM_BASE_URL) or in the section [claude_shim] of the configuration file.",
+        "CLAUDE_SHIM_BASE_URL) or in the section [claude_shim] of the configuration file. "
+        f"Exit code: {COMMANDS[command].exit_codes}, 2 after a wrong setting.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"claude_shim {__version__}")
     parser.add_argument(
         "--config", metavar="FILE", help="configuration file (INI); default: see README"
     )
-    parser.add_argument("--check-config", action="store_true", help="print the settings and exit")
+    for switch, text in COMMANDS[command].switches.items():
+        parser.add_argument(f"--{switch}", action="store_true", help=text)
     for option in OPTIONS:
         shown = f"{option.help} (default: {option.default})" if option.default else option.help
         if not option.metavar:
@@ -7739,6 +7750,72 @@ def serve(server: Server) -> None:
         server.stop()
 
 
+# --- the commands: each returns its exit code
+
+
+class Terminal:
+    """The user of a command: what is said and asked, and a browser if one is at hand."""
+
+    patience = 300.0  # seconds in which a login has to come back from the browser
+
+    def __init__(self, environment: Dict[str, str]) -> None:
+        self._environment = environment
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        print(text, flush=True)
+
+    def ask(self, question: str) -> str:
+        """Return the line that is typed in answer; nothing if nobody is there."""
+        try:
+            return input(question)
+        except EOFError:
+            return ""
+
+    def browse(self, url: str) -> bool:
+        """Return whether a browser was opened, where its user can see it."""
+        import webbrowser
+
+        return has_screen(self._environment, sys.platform) and webbrowser.open(url)
+
+
+def has_screen(environment: Dict[str, str], platform: str) -> bool:
+    """Return whether a browser of this machine would be seen by who types: not over SSH."""
+    displays = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    screen = platform in ("darwin", "win32") or any(environment.get(name) for name in displays)
+    return screen and not environment.get("SSH_CONNECTION")
+
+
+class Call(NamedTuple):
+    """What a command is called with."""
+
+    settings: Settings
+    environment: Dict[str, str]
+    switches: FrozenSet[str]
+    terminal: Terminal
+
+    def world(self) -> Outside:
+        """Return what a credential needs of the world; its notes are told."""
+        return outside(self.settings, Log(sys.stderr))
+
+
+def run_server(call: Call) -> int:
+    """Serve until a signal, or only say what the settings come to."""
+    settings, environment = call.settings, call.environment
+    if "check-config" in call.switches:
+        world = outside(settings, Log())
+        credential = credential_from(settings, environment, world)
+        fallback_from(settings, environment, world, credential)
+        client_keys_from(settings, environment)
+        upstream_from(settings).close()
+        call.terminal.say(f"{shown_settings(settings)}\ncredential = {credential.describe()}")
+        return 0
+    server = server_from(settings, environment, sys.stderr)
+    call.terminal.say(welcome(server))
+    serve(server)
+    return 0
+
+
 # --- login and logout
 
 CALLBACK_PAGES = {
@@ -7838,29 +7915,141 @@ def _show_page(connection: socket.socket, status: int) -> None:
         connection.shutdown(socket.SHUT_WR)
 
 
+LOGIN_NOTICE = """\
+This logs in with a Claude account and keeps its tokens in {path}.
+Anthropic reserves the tokens of Claude accounts (Free, Pro, Max, Team) for Claude Code and its own
+apps: what claude_shim sends with them may be refused or billed as extra usage, and must never be
+for other people. Within the terms are an API key (ANTHROPIC_API_KEY), `ant auth login`, and for a
+subscription the `claude` program itself."""
+LOGGED_IN = """\
+Logged in. The tokens are in {path} and are renewed from there.
+claude_shim now uses this login before any API key; `claude_shim status` shows what it uses."""
+
+
+def login(call: Call) -> int:
+    """Log in with a Claude account; 1 if that ended without tokens."""
+    path, client = bundle_path(call.settings, call.environment), oauth_client(call.settings)
+    call.terminal.say(LOGIN_NOTICE.format(path=path))
+    if "yes" not in call.switches and call.terminal.ask("Go on? [y/N] ")[:1] not in ("y", "Y"):
+        call.terminal.say("Nothing was done. (--yes goes on without asking.)")
+        return 1
+    try:
+        attempt, code = _agreed(call, client)
+        bundle = granted(call.world(), client, attempt.token_fields(code, client.id))
+        with locked_login(path):
+            write_secret_file(path, bundle_text(bundle, {}))
+    except (LoginError, ShimError, OSError) as error:
+        reason = f"cannot write {path}: {error.strerror}" if isinstance(error, OSError) else error
+        call.terminal.say(f"Not logged in: {reason}.")
+        return 1
+    call.terminal.say(LOGGED_IN.format(path=path))
+    return 0
+
+
+def _agreed(call: Call, client: OAuthClient) -> Tuple[LoginAttempt, str]:
+    """The attempt that its user agreed to, and the code that says so."""
+    if "no-browser" not in call.switches:
+        with CallbackListener() as listener:
+            attempt = _login_attempt(listener.redirect_uri)
+            url = attempt.url(AUTHORIZE_URL, client.id, client.scope)
+            if call.terminal.browse(url):
+                call.terminal.say(f"Agree in the browser. If none opened, use --no-browser.\n{url}")
+                return attempt, listener.code(attempt, call.terminal.patience)
+    attempt = _login_attempt(MANUAL_REDIRECT_URL)
+    url = attempt.url(AUTHORIZE_URL, client.id, client.scope)
+    call.terminal.say(f"Open this page, agree, and paste the line CODE#STATE that it shows.\n{url}")
+    with contextlib.suppress(WrongCallbackError):
+        return attempt, attempt.code_pasted(call.terminal.ask("CODE#STATE: "))
+    raise LoginError("that is not the whole line CODE#STATE of this login; run login again")
+
+
+def _login_attempt(redirect_uri: str) -> LoginAttempt:
+    return LoginAttempt(redirect_uri, secrets.token_urlsafe(32), secrets.token_urlsafe(32))
+
+
+def logout(call: Call) -> int:
+    """Revoke the login that `login` wrote and delete it; 1 if it could not be revoked."""
+    path = os.path.realpath(os.path.expanduser(bundle_path(call.settings, call.environment)))
+    if not os.path.exists(path):
+        call.terminal.say(f"There is no login in {path}.")
+        return 0
+    with locked_login(path):
+        fault = _revoked(call, parsed_bundle(read_secret_file(path), path))
+        os.unlink(path)
+    call.terminal.say(f"Deleted {path}.")
+    if fault:
+        call.terminal.say(NOT_REVOKED.format(fault=fault))
+    return 1 if fault else 0
+
+
+NOT_REVOKED = """\
+The tokens were not revoked: {fault}.
+They end by themselves, or at once if you log out everywhere at claude.ai."""
+
+
+def _revoked(call: Call, bundle: Bundle) -> str:
+    """Why the tokens of a login could not be revoked (RFC 7009); nothing if they were."""
+    client = oauth_client(call.settings)
+    kind = "refresh_token" if bundle.refresh_token else "access_token"
+    fields = {"token": getattr(bundle, kind), "token_type_hint": kind, "client_id": client.id}
+    try:
+        answer = call.world().post(TokenRequest(f"{client.urls[0]}/revoke", fields))
+    except ShimError as error:
+        return error.message
+    return "" if answer.status == 200 else f"the endpoint answered with status {answer.status}"
+
+
+class Command(NamedTuple):
+    """A first word of the command line, with switches of its own beside OPTIONS."""
+
+    run: Callable[[Call], int]  # gives the exit code
+    help: str
+    exit_codes: str
+    switches: Dict[str, str] = {}
+
+
+_JSON_SWITCH = {"json": "print JSON, for programs"}
+
+COMMANDS: Dict[str, Command] = {
+    "serve": Command(
+        run_server,
+        "Let any program that speaks OpenAI's or Anthropic's API use Claude",
+        "0 after a signal",
+        {"check-config": "print the settings and exit"},
+    ),
+    "login": Command(
+        login,
+        "Log in with a Claude account",
+        "0 logged in, 1 not",
+        {
+            "no-browser": "print the page's address and take the line that the page shows",
+            "yes": "go on without asking",
+        },
+    ),
+    "logout": Command(
+        logout, "Revoke and delete what login wrote", "0 gone, 1 deleted here but not revoked"
+    ),
+}
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command; the exit code is 0, or 2 after a wrong setting, told in a sentence."""
-    arguments = argument_parser().parse_args(argv)
+    """Run a command; its exit code, or 2 after a wrong setting, told in a sentence."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words.pop(0) if words and words[0] in COMMANDS else "serve"
+    arguments = argument_parser(name).parse_args(words)
+    given = [word for word in COMMANDS[name].switches if getattr(arguments, word.replace("-", "_"))]
     environment = dict(os.environ)
     no_core_dumps()
     try:
         file = config_values(arguments.config, environment)
         settings = settings_from(arguments, environment, file)
-        if arguments.check_config:
-            world = outside(settings, Log())
-            credential = credential_from(settings, environment, world)
-            fallback_from(settings, environment, world, credential)
-            client_keys_from(settings, environment)
-            upstream_from(settings).close()
-            print(f"{shown_settings(settings)}\ncredential = {credential.describe()}")
-            return 0
-        server = server_from(settings, environment, sys.stderr)
+        call = Call(settings, environment, frozenset(given), Terminal(environment))
+        return COMMANDS[name].run(call)
     except ConfigError as error:
         print(f"claude_shim: {error}", file=sys.stderr)
         return 2
-    print(welcome(server), flush=True)
-    serve(server)
-    return 0
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import ast
 import base64
 import contextlib
 import copy
+import hashlib
 import http.server
 import importlib.util
 import io
@@ -31,6 +32,7 @@ import sys
 import threading
 import time
 import tokenize
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import (
@@ -15615,6 +15617,309 @@ def test_login_that_nobody_answers_ends() -> None:
     assert str(caught.value) == "the browser did not come back in time; run login again"
 
 
+class ScriptedUser(shim.Terminal):
+    """Answers what it is asked, in order; with a browser it opens what it is told to open."""
+
+    patience = PATIENCE
+
+    def __init__(self, *answers: str, browser: Optional[Callable[[str], None]] = None) -> None:
+        self._answers = list(answers)
+        self._browser = browser
+        self.said: List[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def ask(self, question: str) -> str:
+        self.said.append(question)
+        return self._answers.pop(0).replace("STATE", self.fields()["state"])
+
+    def browse(self, url: str) -> bool:
+        if self._browser is not None:
+            self.said.append(url)
+            self._browser(url)
+        return self._browser is not None
+
+    def fields(self) -> Dict[str, str]:
+        """What the page to agree on is asked, {} before there is one."""
+        pages = [line for text in self.said for line in text.split("\n") if "://claude.com" in line]
+        query = urllib.parse.urlsplit(pages[-1]).query if pages else "state="
+        return dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+
+
+class Browser:
+    """Sends its user's answer to the place that the page named; `pages` are what it got back."""
+
+    def __init__(self, *queries: str) -> None:
+        self._queries = queries
+        self._sockets: List[socket.socket] = []
+
+    def __call__(self, url: str) -> None:
+        fields = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(url).query))
+        port = urllib.parse.urlsplit(fields["redirect_uri"]).port
+        assert port is not None
+        for query in self._queries:
+            target = f"/callback?{query.replace('STATE', fields['state'])}"
+            request = f"GET {target} HTTP/1.1\r\nHost: localhost:PORT\r\n\r\n"
+            self._sockets.append(browser_connection(port, request.encode()))
+
+    def statuses(self) -> List[bytes]:
+        """The status of each answer; empty where the connection was cut."""
+        found = []
+        for sock in self._sockets:
+            with contextlib.suppress(ConnectionError):
+                found.append(page(sock)[9:12])
+        return found
+
+
+def token_answer(status: int, body: JSON) -> List[bytes]:
+    """A script of FakeUpstream: an answer of a token endpoint."""
+    raw = json.dumps(body).encode()
+    return [b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(raw), raw)]
+
+
+GRANTED = token_answer(
+    200,
+    {
+        "access_token": "sk-ant-oat01-fresh",
+        "refresh_token": "sk-ant-ort01-fresh",
+        "expires_in": 28800,
+        "scope": "user:inference user:profile",
+        "account": {"uuid": "u", "email_address": "a@b.example"},
+    },
+)
+
+
+def command_call(user: ScriptedUser, *argv: str, env: Optional[Dict[str, str]] = None) -> shim.Call:
+    """The call of a command; the switches are those of all commands."""
+    known = {f"--{switch}" for command in shim.COMMANDS.values() for switch in command.switches}
+    switches = frozenset(word[2:] for word in argv if word in known)
+    settings = settings_of(*[word for word in argv if word not in known], env=env)
+    return shim.Call(settings, env or {}, switches, user)
+
+
+def posted(fake: FakeUpstream) -> JSON:
+    """The one body that the token endpoint got."""
+    (request,) = fake.requests
+    return json.loads(request.partition(b"\r\n\r\n")[2])
+
+
+def challenge_of(verifier: str) -> str:
+    digest = hashlib.sha256(verifier.encode()).digest()
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+LOGINS = [
+    case("in the browser", ["--yes"], [], Browser("code=c-1&state=STATE")),
+    case("in the browser, asked before", [], ["y"], Browser("code=c-1&state=STATE")),
+    case(
+        "in the browser, called back twice",
+        ["--yes"],
+        [],
+        Browser("code=c-1&state=STATE", "code=c-2&state=STATE"),
+    ),
+    case(
+        "in the browser, after a page that guessed",
+        ["--yes"],
+        [],
+        Browser("code=c-2&state=guess", "error=access_denied", "code=c-1&state=STATE"),
+    ),
+    case("by a pasted line", ["--yes", "--no-browser"], ["c-1#STATE\n"], Browser()),
+    case("by a pasted line, for want of a browser", [], ["yes", "c-1#STATE"], None),
+]
+
+
+@pytest.mark.parametrize(("argv", "answers", "browser"), LOGINS)
+def test_login(tmp_path: Path, argv: List[str], answers: List[str], browser: Any) -> None:
+    path = tmp_path / "state" / "oauth.json"
+    user = ScriptedUser(*answers, browser=browser)
+    with FakeUpstream(GRANTED) as fake:
+        given = ["--bundle", str(path), "--token-url", f"{fake.url}/v1/oauth/token"]
+        code = shim.login(command_call(user, *argv, *given))
+        fields, body = user.fields(), posted(fake)
+    assert code == 0
+    assert fields["code_challenge"] == challenge_of(body["code_verifier"])
+    assert len(body["code_verifier"]) == len(body["state"]) == 43  # 256 bits
+    assert {k: v for k, v in body.items() if k not in ("code_verifier", "state")} == {
+        "grant_type": "authorization_code",
+        "code": "c-1",
+        "redirect_uri": fields["redirect_uri"],
+        "client_id": "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
+    }
+    bundle = shim.parsed_bundle(shim.read_secret_file(str(path)), "the file")
+    assert bundle[:2] == ("sk-ant-oat01-fresh", "sk-ant-ort01-fresh")
+    if os.name == "posix":
+        assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    told = "\n".join(user.said)
+    assert "Anthropic reserves the tokens of Claude accounts" in user.said[0]
+    assert [s for s in ("c-1", "fresh", body["code_verifier"], "b.example") if s in told] == []
+    if browser:
+        assert browser.statuses()[-1:] in ([], [b"200"], [b"400"])
+
+
+def test_page_to_agree_on() -> None:
+    user = ScriptedUser("")
+    shim.login(command_call(user, "--yes", "--no-browser"))
+    fields = user.fields()
+    assert (len(fields.pop("state")), len(fields.pop("code_challenge"))) == (43, 43)
+    assert fields == {
+        "code": "true",
+        "client_id": "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
+        "response_type": "code",
+        "redirect_uri": "https://platform.claude.com/oauth/code/callback",
+        "scope": "user:profile user:inference",
+        "code_challenge_method": "S256",
+    }
+
+
+class SlowUser(ScriptedUser):
+    """Never comes back from the browser."""
+
+    patience = 0.01
+
+
+NO_LOGINS = [
+    case("not wanted", [], ScriptedUser("n"), "Nothing was done. (--yes goes on without asking.)"),
+    case("nobody there", [], ScriptedUser(""), "Nothing was done. (--yes goes on without asking.)"),
+    case(
+        "denied",
+        ["--yes"],
+        ScriptedUser(browser=Browser("error=access_denied&state=STATE")),
+        "Not logged in: the login was not granted (access_denied).",
+    ),
+    case(
+        "the browser did not come back",
+        ["--yes"],
+        SlowUser(browser=Browser("code=c-1&state=guess")),
+        "Not logged in: the browser did not come back in time; run login again.",
+    ),
+    case(
+        "a pasted line of another login",
+        ["--yes", "--no-browser"],
+        ScriptedUser("c-1#other"),
+        "Not logged in: that is not the whole line CODE#STATE of this login; run login again.",
+    ),
+    case(
+        "half a pasted line",
+        ["--yes", "--no-browser"],
+        ScriptedUser("c-1"),
+        "Not logged in: that is not the whole line CODE#STATE of this login; run login again.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("argv", "user", "told"), NO_LOGINS)
+def test_login_that_fails_asks_for_no_tokens(
+    tmp_path: Path, argv: List[str], user: ScriptedUser, told: str
+) -> None:
+    path = tmp_path / "oauth.json"
+    with FakeUpstream(GRANTED) as fake:
+        given = ["--bundle", str(path), "--token-url", f"{fake.url}/v1/oauth/token"]
+        assert shim.login(command_call(user, *argv, *given)) == 1
+        assert fake.requests == []
+    assert user.said[-1] == told
+    assert not path.exists()
+    if isinstance(user._browser, Browser):
+        user._browser.statuses()
+
+
+def test_login_whose_code_is_refused_keeps_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "oauth.json"
+    path.write_text("the old one")
+    user = ScriptedUser("c-1#STATE")
+    with FakeUpstream(token_answer(400, {"error": "invalid_grant"})) as fake:
+        given = ["--bundle", str(path), "--token-url", f"{fake.url}/v1/oauth/token"]
+        assert shim.login(command_call(user, "--yes", "--no-browser", *given)) == 1
+    assert user.said[-1].startswith("Not logged in: ")
+    assert path.read_text() == "the old one"
+
+
+def test_login_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "oauth.json"
+    user = ScriptedUser("c-1#STATE")
+    with FakeUpstream(GRANTED) as fake:
+        given = ["--bundle", str(path), "--token-url", f"{fake.url}/v1/oauth/token"]
+        assert shim.login(command_call(user, "--yes", "--no-browser", *given)) == 1
+    assert user.said[-1].startswith(f"Not logged in: cannot write {path}: ")
+
+
+SCREENS = [
+    case("a desktop", {"DISPLAY": ":0"}, "linux", True),
+    case("a desktop with Wayland", {"WAYLAND_DISPLAY": "wayland-0"}, "linux", True),
+    case("a console", {}, "linux", False),
+    case("a Mac", {}, "darwin", True),
+    case("Windows", {}, "win32", True),
+    case("a Mac over SSH", {"SSH_CONNECTION": "10.0.0.1 1 10.0.0.2 22"}, "darwin", False),
+    case("a forwarded display", {"SSH_CONNECTION": "1", "DISPLAY": ":10"}, "linux", False),
+]
+
+
+@pytest.mark.parametrize(("env", "platform", "expected"), SCREENS)
+def test_browser_is_opened_where_its_user_sits(env: Any, platform: str, expected: bool) -> None:
+    assert shim.has_screen(env, platform) is expected
+
+
+BUNDLE = '{"access_token": "sk-ant-oat01-a", "refresh_token": "sk-ant-ort01-r"}'
+
+LOGOUTS = [
+    case("revoked", BUNDLE, 200, 0, ("sk-ant-ort01-r", "refresh_token")),
+    case(
+        "revoked without a refresh token",
+        '{"access_token": "sk-ant-oat01-a"}',
+        200,
+        0,
+        ("sk-ant-oat01-a", "access_token"),
+    ),
+    case("not revoked", BUNDLE, 500, 1, ("sk-ant-ort01-r", "refresh_token")),
+]
+
+
+@pytest.mark.parametrize(("text", "status", "code", "token"), LOGOUTS)
+def test_logout(tmp_path: Path, text: str, status: int, code: int, token: Any) -> None:
+    path, user = tmp_path / "oauth.json", ScriptedUser()
+    shim.write_secret_file(str(path), text)
+    with FakeUpstream(token_answer(status, {})) as fake:
+        given = ["--bundle", str(path), "--token-url", f"{fake.url}/v1/oauth/token"]
+        assert shim.logout(command_call(user, *given)) == code
+        assert fake.requests[0].startswith(b"POST /v1/oauth/token/revoke HTTP/1.1\r\n")
+        assert posted(fake) == {
+            "token": token[0],
+            "token_type_hint": token[1],
+            "client_id": "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
+        }
+    assert not path.exists()
+    assert user.said[0] == f"Deleted {path}."
+    assert ("The tokens were not revoked" in "".join(user.said)) is bool(code)
+    assert "sk-ant" not in "".join(user.said)
+
+
+def test_logout_without_a_network_deletes_all_the_same(tmp_path: Path) -> None:
+    path, user = tmp_path / "oauth.json", ScriptedUser()
+    shim.write_secret_file(str(path), BUNDLE)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1/oauth/token"
+        call = command_call(user, "--bundle", str(path), "--token-url", url)
+        assert shim.logout(call) == 1
+    assert not path.exists()
+    assert "The tokens were not revoked: cannot reach upstream" in user.said[1]
+
+
+def test_logout_without_a_login_is_none(tmp_path: Path) -> None:
+    path, user = tmp_path / "oauth.json", ScriptedUser()
+    assert shim.logout(command_call(user, "--bundle", str(path))) == 0
+    assert user.said == [f"There is no login in {path}."]
+
+
+def test_logout_deletes_nothing_that_is_no_login(tmp_path: Path) -> None:
+    path = tmp_path / "thesis.txt"
+    shim.write_secret_file(str(path), "Chapter 1")
+    with pytest.raises(shim.ConfigError):
+        shim.logout(command_call(ScriptedUser(), "--bundle", str(path)))
+    assert path.read_text() == "Chapter 1"
+
+
 # --- as a program of its own
 
 
@@ -15632,6 +15937,7 @@ def run_alone(folder: Path, *argv: str) -> Any:
         [sys.executable, "-B", str(copy), *argv],
         cwd=folder,
         env=bare_environment(folder),
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=20,
@@ -15648,6 +15954,12 @@ def test_start_without_a_credential_ends_with_2_and_the_ways(tmp_path: Path) -> 
     ran = run_alone(tmp_path)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr == f"claude_shim: {shim.NO_CREDENTIAL}\n"
+
+
+def test_command_with_nobody_to_ask_ends_with_1(tmp_path: Path) -> None:
+    ran = run_alone(tmp_path, "login", "--bundle", str(tmp_path / "oauth.json"))
+    assert (ran.returncode, ran.stderr) == (1, "")
+    assert ran.stdout.endswith("Go on? [y/N] Nothing was done. (--yes goes on without asking.)\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
