@@ -3338,6 +3338,7 @@ class Description(NamedTuple):
     kind: str  # a key of KINDS
     source: str = ""  # where it is from
     expires_at: Optional[float] = None  # seconds since 1970; None: not known, or never
+    renews: bool = False  # by itself
 
     @property
     def payer(self) -> str:
@@ -3849,6 +3850,10 @@ class TokenSource:
         """
         raise NotImplementedError
 
+    def can_renew(self, bundle: Bundle) -> bool:
+        """Return whether there will be a token after `bundle`."""
+        return True
+
     def headers(self, token: str) -> HeaderList:
         """Return the header fields that show a token."""
         return [("authorization", f"Bearer {token}"), ("anthropic-beta", OAUTH_BETA)]
@@ -3888,7 +3893,8 @@ class Renewed(Credential):
         return self._source.headers(self._usable(rejected).access_token)
 
     def describe(self) -> Description:
-        return Description(self._source.kind, self._source.place, self._bundle.expires_at)
+        source, bundle = self._source, self._bundle
+        return Description(source.kind, source.place, bundle.expires_at, source.can_renew(bundle))
 
     def _good(self, bundle: Bundle, margin: float = 0.0) -> bool:
         return bundle.expires_at is None or self._outside.clock() < bundle.expires_at - margin
@@ -4055,6 +4061,9 @@ class BundleFile(TokenSource):
                 "lost when this process ends, and its other users are logged out"
             )
 
+    def can_renew(self, bundle: Bundle) -> bool:
+        return bool(bundle.refresh_token)
+
     def headers(self, token: str) -> HeaderList:
         return [*super().headers(token), *self._client.beside]
 
@@ -4212,6 +4221,9 @@ class ClaudeCode(TokenSource):
         self.place = self._path = path
         self._service = service  # of the keychain of macOS; empty: there is none
         self._outside = outside
+
+    def can_renew(self, bundle: Bundle) -> bool:
+        return False
 
     def current(self) -> Bundle:
         text = self._keychain() if self._service else ""
@@ -7506,8 +7518,15 @@ def pinned_credential(search: Search, mode: str) -> Credential:
         return Passthrough()
     found = FINDERS[mode](search)
     if found is None:
-        raise ConfigError(f"there is no {KINDS[mode].name} to use; give it by {KINDS[mode].given}")
+        raise ConfigError(nothing_found(mode))
     return found.load()
+
+
+def nothing_found(mode: str) -> str:
+    """Return what to tell when there is no credential for an --auth."""
+    if mode == "auto":
+        return NO_CREDENTIAL
+    return f"there is no {KINDS[mode].name} to use; give it by {KINDS[mode].given}"
 
 
 def credential_from(
@@ -7521,7 +7540,7 @@ def credential_from(
         return pinned_credential(search, settings.auth)
     found = found_credentials(search)
     if not found:
-        raise ConfigError(NO_CREDENTIAL)
+        raise ConfigError(nothing_found(settings.auth))
     for other in found[1:]:
         unused = Description(other.kind, other.source)
         outside.tell(f"note: also found, not used: {unused} (--auth {other.kind} takes it)")
@@ -7695,18 +7714,22 @@ def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO)
     return server
 
 
-def _cannot_listen(settings: Settings, error: Exception) -> str:
+def _cannot_listen(settings: Settings, error: Exception, taker: str = "") -> str:
     where = f"{settings.host}:{settings.port}"
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        return f"{where} is taken by another program; choose another --port"
+        return f"{where} is taken by {taker or 'another program'}; choose another --port"
     reason = error.strerror if isinstance(error, OSError) else str(error)
     return f"cannot listen on {where}: {reason}"
+
+
+def _callers(keys: ClientKeys) -> str:
+    return "only with a client key" if keys else "any program on this machine"
 
 
 def welcome(server: Server) -> str:
     """Return what is printed at the start: who listens, who pays, and how clients find it."""
     app = server.app
-    callers = "only with a client key" if app.policy.client_keys else "any program on this machine"
+    callers = _callers(app.policy.client_keys)
     key = "your-client-key" if app.policy.client_keys else "anything"
     return "\n".join(
         [
@@ -7793,17 +7816,18 @@ class Call(NamedTuple):
     environment: Dict[str, str]
     switches: FrozenSet[str]
     terminal: Terminal
+    clock: Callable[[], float] = time.time
 
-    def world(self) -> Outside:
-        """Return what a credential needs of the world; its notes are told."""
-        return outside(self.settings, Log(sys.stderr))
+    def world(self, log: Log) -> Outside:
+        """Return what a credential needs of the world."""
+        return outside(self.settings, log)._replace(clock=self.clock)
 
 
 def run_server(call: Call) -> int:
     """Serve until a signal, or only say what the settings come to."""
     settings, environment = call.settings, call.environment
     if "check-config" in call.switches:
-        world = outside(settings, Log())
+        world = call.world(Log())
         credential = credential_from(settings, environment, world)
         fallback_from(settings, environment, world, credential)
         client_keys_from(settings, environment)
@@ -7935,7 +7959,7 @@ def login(call: Call) -> int:
         return 1
     try:
         attempt, code = _agreed(call, client)
-        bundle = granted(call.world(), client, attempt.token_fields(code, client.id))
+        bundle = granted(call.world(Log()), client, attempt.token_fields(code, client.id))
         with locked_login(path):
             write_secret_file(path, bundle_text(bundle, {}))
     except (LoginError, ShimError, OSError) as error:
@@ -7993,10 +8017,371 @@ def _revoked(call: Call, bundle: Bundle) -> str:
     kind = "refresh_token" if bundle.refresh_token else "access_token"
     fields = {"token": getattr(bundle, kind), "token_type_hint": kind, "client_id": client.id}
     try:
-        answer = call.world().post(TokenRequest(f"{client.urls[0]}/revoke", fields))
+        answer = call.world(Log()).post(TokenRequest(f"{client.urls[0]}/revoke", fields))
     except ShimError as error:
         return error.message
     return "" if answer.status == 200 else f"the endpoint answered with status {answer.status}"
+
+
+# --- status
+
+
+class Standing(NamedTuple):
+    """Where one credential stands."""
+
+    kind: str
+    source: str
+    use: str  # used, fallback or unused
+    because: str
+    state: str = "usable"  # or expired, or broken
+    fault: str = ""  # what to do about that
+    notes: Tuple[str, ...] = ()
+    token: str = ""  # masked
+    expires_at: Optional[float] = None
+    expires: str = ""
+    payer: str = ""
+
+    def __str__(self) -> str:
+        lines = [
+            ("from", self.source),
+            ("token", self.token),
+            ("expires", self.expires),
+            ("payer", self.payer),
+            *(("note", note) for note in self.notes),
+            (self.state, self.fault),
+        ]
+        head = f"{KINDS[self.kind].name}: {self.use}, {self.because}"
+        return "\n".join([head, *(f"  {name:8} {text}" for name, text in lines if text)])
+
+
+_NOT_LOOKED_FOR: Dict[str, Callable[[], Credential]] = {
+    "passthrough": Passthrough,
+    "none": NoCredential,
+}
+
+
+def standings(call: Call) -> List[Standing]:
+    """Return where each credential that is there stands, best first; upstream is not asked."""
+    settings = call.settings
+    told: List[str] = []
+    hidden: List[str] = []
+    world = call.world(Log())._replace(tell=told.append, hide=hidden.append)
+    found = found_credentials(Search(settings, call.environment, world))
+    used = "none" if settings.upstream == "echo" else settings.auth
+    if used == "auto" and found:
+        used = found[0].kind
+    if used in _NOT_LOOKED_FOR:
+        found.insert(0, Found(used, "", _NOT_LOOKED_FOR[used]))
+    rows = []
+    for each in found:
+        told.clear()
+        hidden.clear()
+        row = Standing(each.kind, each.source, *_use(each, used, settings))
+        row = _loaded(row, each, call.clock(), hidden)
+        rows.append(row._replace(notes=tuple(told)))
+    return rows
+
+
+def _use(found: Found, used: str, settings: Settings) -> Tuple[str, str]:
+    """Whether a credential is used, and why."""
+    asked = settings.auth != "auto" or settings.upstream == "echo"
+    if found.kind == used:
+        return "used", "as it was asked for" if asked or found.given else "as the first there is"
+    if found.kind == settings.fallback_auth:
+        return "fallback", "for what upstream refuses to the first"
+    reason = "was asked for" if asked else "comes first"
+    return "unused", f"{KINDS[used].name} {reason}; --auth {found.kind} takes this"
+
+
+def _loaded(standing: Standing, found: Found, now: float, hidden: List[str]) -> Standing:
+    try:
+        credential = found.load()
+    except ConfigError as error:
+        return standing._replace(state="broken", fault=str(error))
+    told, tokens = credential.describe(), [*credential.secrets(), *hidden]
+    expired = told.expires_at is not None and told.expires_at <= now and not told.renews
+    return standing._replace(
+        state="expired" if expired else "usable",
+        fault=f"renew it by {KINDS[told.kind].given}" if expired else "",
+        token=masked(tokens[0]) if tokens else "",
+        expires_at=told.expires_at or None,
+        expires=expiry_in_words(told, now),
+        payer=told.payer,
+    )
+
+
+def masked(secret: str) -> str:
+    """Return what tells a secret from others: its kind, and the end of a long one."""
+    kind = re.match(r"sk-ant-[a-z]+[0-9]*-", secret)
+    return f"{kind.group() if kind else ''}...{secret[-4:] if len(secret) >= 40 else ''}"
+
+
+def expiry_in_words(told: Description, now: float) -> str:
+    """Return when a credential expires, and whether that matters; empty if it is not known."""
+    if told.expires_at is None:
+        return ""
+    if not told.expires_at:
+        return "not known before it is asked for"
+    left = told.expires_at - now
+    words = f"in {span(left)}" if left > 0 else f"{span(-left)} ago"
+    return f"{words}, renewed by itself" if told.renews else words
+
+
+def span(seconds: float) -> str:
+    """Return a length of time in the largest unit that fits."""
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' if count > 1 else ''}"
+    return "less than a minute"
+
+
+_STATUS_CODES = {"usable": 0, "broken": 1, "expired": 3}
+
+
+def status(call: Call) -> int:
+    """Tell which credentials there are; 0 if the one in use is usable, 1 if not, 3 if expired."""
+    rows = standings(call)
+    used = [row for row in rows if row.use == "used"]
+    if "json" in call.switches:
+        call.terminal.say(json.dumps([row._asdict() for row in rows], indent=2))
+    else:
+        missing = [] if used else [nothing_found(call.settings.auth)]
+        call.terminal.say("\n\n".join([*map(str, rows), *missing]))
+    return _STATUS_CODES[used[0].state] if used else 1
+
+
+# --- doctor
+
+
+class Answer(NamedTuple):
+    """What upstream said to a question that costs nothing."""
+
+    status: int = 0  # there was no answer
+    date: str = ""
+    reason: str = ""
+
+
+class Examination(NamedTuple):
+    """What the checks look at."""
+
+    call: Call
+    rows: List[Standing]
+    fault: str  # why upstream was shown no credential, where it should have been
+    answer: Answer
+    python: Tuple[int, ...] = sys.version_info[:3]
+
+
+class Finding(NamedTuple):
+    """What a check found."""
+
+    verdict: str  # ok, note (requests work all the same) or fault
+    sentence: str
+
+
+def examination(call: Call) -> Examination:
+    """Return what there is to check; a login is renewed if it has to be, and upstream is asked."""
+    log, fault = Log(), ""
+    credential: Credential = NoCredential()
+    try:
+        chosen = credential_from(call.settings, call.environment, call.world(log))
+        for secret in chosen.secrets():
+            log.hide(secret)
+        if not isinstance(chosen, Passthrough):
+            chosen.authorization({})
+            credential = chosen
+    except (ConfigError, ShimError) as error:
+        fault = log.masked(str(error))
+    with contextlib.closing(credential):
+        answer = _asked(call.settings, credential, log)
+    return Examination(call, standings(call), fault, answer)
+
+
+def _asked(settings: Settings, credential: Credential, log: Log) -> Answer:
+    headers = [("anthropic-version", "2023-06-01"), ("user-agent", f"claude-shim/{__version__}")]
+    request = UpstreamRequest("GET", "/v1/models?limit=1", headers, b"", patience=GET_SECONDS)
+    try:
+        with contextlib.closing(upstream_from(settings)) as upstream:
+            response = _authorized(credential, request, {}, upstream.send)
+            body = parsed_or_none(read_error_body(response))
+    except (ConfigError, ShimError) as error:
+        return Answer(reason=log.masked(str(error)))
+    reason = log.masked(upstream_error(response.status, body).message)[:300]
+    shown = "".join(letter if letter.isprintable() else " " for letter in reason)
+    return Answer(response.status, response.header("date"), shown)
+
+
+def _check_python(seen: Examination) -> Iterator[Finding]:
+    shown = f"Python {'.'.join(map(str, seen.python))}"
+    if seen.python < (3, 9):
+        yield Finding("fault", f"{shown} is too old: claude_shim needs 3.9 or newer")
+    else:
+        yield Finding("ok", shown)
+
+
+def _check_credential(seen: Examination) -> Iterator[Finding]:
+    if seen.fault:
+        yield Finding("fault", seen.fault)
+    for row in seen.rows:
+        if row.use == "used" and not seen.fault:
+            yield Finding("ok", str(Description(row.kind, row.source)))
+        if row.use == "used" and KINDS[row.kind].claude_ai:
+            yield Finding("note", CLAUDE_AI_NOTICE.partition(": ")[2])
+        if row.use == "used" and row.kind == "claude-code" and seen.call.settings.auth == "auto":
+            yield Finding("note", "nothing else was found; if that was not meant, give an API key")
+        yield from (Finding("note", note) for note in row.notes)
+
+
+def _check_others(seen: Examination) -> Iterator[Finding]:
+    for row in seen.rows:
+        if row.use != "used":
+            shown = f"{Description(row.kind, row.source)}: {row.use}, {row.because}"
+            yield Finding("note", f"{shown} ({row.fault})" if row.fault else shown)
+
+
+def _check_files(seen: Examination) -> Iterator[Finding]:
+    settings = seen.call.settings
+    for path in filter(None, (settings.api_key_file, settings.client_key_file)):
+        with contextlib.suppress(OSError):
+            if os.name == "posix" and os.stat(os.path.expanduser(path)).st_mode & 0o077:
+                yield Finding("note", f"{path} can be read by others: run chmod 600 {path}")
+
+
+def _check_proxy(seen: Examination) -> Iterator[Finding]:
+    try:
+        proxies = proxies_for(seen.call.settings.base_url)
+    except ConfigError as error:
+        yield Finding("fault", str(error))
+        return
+    for proxy in proxies.values():
+        address = proxy.rpartition("@")[2]  # without the password
+        yield Finding("ok", f"upstream is reached through {address}")
+
+
+def _check_certificates(seen: Examination) -> Iterator[Finding]:
+    environment = seen.call.environment
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        if environment.get(name) and not os.path.exists(environment[name]):
+            yield Finding("note", f"{name} names what is not there, so no authority is trusted")
+    others = ("NODE_EXTRA_CA_CERTS", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+    named = {environment[name]: name for name in others if environment.get(name)}
+    for path, name in named.items() if not seen.call.settings.ca_file else ():
+        advice = f"if upstream needs it, give --ca-file {path}"
+        yield Finding("note", f"{name} is for other programs: {advice}")
+
+
+def _check_upstream(seen: Examination) -> Iterator[Finding]:
+    settings, (status, _, reason) = seen.call.settings, seen.answer
+    target = urllib.parse.urlsplit(settings.base_url)
+    unshown = seen.fault or settings.auth == "passthrough"
+    if is_loopback(target.hostname or "") and target.port == settings.port:
+        yield Finding(
+            "fault", f"--base-url is where claude_shim itself listens, port {target.port}"
+        )
+    elif not status:
+        yield Finding("fault", reason)
+    elif status == 200:
+        yield Finding("ok", f"{settings.base_url} takes the credential")
+    elif status == 404 or (status == 401 and unshown):
+        yield Finding("ok", f"{settings.base_url} answers; the credential was not tried")
+    else:
+        yield Finding("fault", f"{settings.base_url} answers with status {status}: {reason}")
+
+
+CLOCK_TOLERANCE = 60.0  # seconds; logins are renewed that long before their end
+
+
+def _check_clock(seen: Examination) -> Iterator[Finding]:
+    import email.utils
+
+    with contextlib.suppress(ValueError, TypeError, IndexError):
+        theirs = email.utils.parsedate_to_datetime(seen.answer.date).timestamp()
+        ahead = seen.call.clock() - theirs
+        shown = f"{span(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} upstream's"
+        if abs(ahead) <= CLOCK_TOLERANCE:
+            yield Finding("ok", "this clock agrees with upstream's")
+        else:
+            yield Finding("note", f"this clock is {shown}: logins end at the wrong time; set it")
+
+
+def _check_callers(seen: Examination) -> Iterator[Finding]:
+    try:
+        keys = client_keys_from(seen.call.settings, seen.call.environment)
+    except ConfigError as error:
+        yield Finding("fault", str(error))
+        return
+    yield Finding("ok", _callers(keys))
+
+
+def _check_port(seen: Examination) -> Iterator[Finding]:
+    settings = seen.call.settings
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        socket.create_server((settings.host, settings.port), family=family).close()
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE  # maybe by a claude_shim that serves
+        taker = port_owner(settings.port) if taken else ""
+        yield Finding("note" if taken else "fault", _cannot_listen(settings, error, taker))
+    else:
+        yield Finding("ok", f"{settings.host}:{settings.port} is free")
+
+
+def port_owner(port: int) -> str:
+    """Return the program that listens on a TCP port and its process id, as far as /proc tells."""
+    import glob
+
+    tables = [_read_or_empty(f"/proc/net/{name}") for name in ("tcp", "tcp6")]
+    wanted = {f"socket:[{inode}]" for table in tables for inode in listening_inodes(table, port)}
+    for link in glob.glob("/proc/[0-9]*/fd/*") if wanted else ():
+        with contextlib.suppress(OSError):
+            if os.readlink(link) in wanted:
+                process = link.split("/")[2]
+                return f"{plain(_read_or_empty(f'/proc/{process}/comm').strip())} ({process})"
+    return ""
+
+
+def _read_or_empty(path: str) -> str:
+    try:
+        return read_text(path)
+    except ConfigError:
+        return ""
+
+
+def listening_inodes(table: str, port: int) -> List[str]:
+    """Return the inodes of the sockets that listen on `port`, of the text of /proc/net/tcp."""
+    rows = [line.split() for line in table.splitlines()[1:]]
+    return [row[9] for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "0A"]
+
+
+CHECKS: Dict[str, Callable[[Examination], Iterator[Finding]]] = {
+    "python": _check_python,
+    "credential": _check_credential,
+    "others": _check_others,
+    "files": _check_files,
+    "proxy": _check_proxy,
+    "certificates": _check_certificates,
+    "upstream": _check_upstream,
+    "clock": _check_clock,
+    "callers": _check_callers,
+    "port": _check_port,
+}
+
+
+def doctor(call: Call) -> int:
+    """Check what a request needs, and tell in sentences what to mend; 0 if one would work."""
+    seen = examination(call)
+    found = [(name, *finding) for name, check in CHECKS.items() for finding in check(seen)]
+    faults = [sentence for _, verdict, sentence in found if verdict == "fault"]
+    if "json" in call.switches:
+        rows = [dict(zip(("check", "verdict", "sentence"), row)) for row in found]
+        call.terminal.say(json.dumps({"works": not faults, "checks": rows}, indent=2))
+    else:
+        lines = [f"{verdict:6} {name:13} {sentence}" for name, verdict, sentence in found]
+        ending = (
+            "No request would work before that is mended." if faults else "A request would work."
+        )
+        call.terminal.say("\n".join([*lines, ending]))
+    return 1 if faults else 0
 
 
 class Command(NamedTuple):
@@ -8028,6 +8413,18 @@ COMMANDS: Dict[str, Command] = {
     ),
     "logout": Command(
         logout, "Revoke and delete what login wrote", "0 gone, 1 deleted here but not revoked"
+    ),
+    "status": Command(
+        status,
+        "Tell which credentials there are, which is used, and who pays",
+        "0 the one in use is usable, 1 there is none, 3 it has expired",
+        _JSON_SWITCH,
+    ),
+    "doctor": Command(
+        doctor,
+        "Check what a request needs, and tell what to mend",
+        "0 a request would work, 1 it would not",
+        _JSON_SWITCH,
     ),
 }
 

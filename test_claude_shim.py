@@ -15925,6 +15925,443 @@ def test_logout_deletes_nothing_that_is_no_login(tmp_path: Path) -> None:
     assert path.read_text() == "Chapter 1"
 
 
+# --- status and doctor
+
+NOW = 1_795_300_000.0
+LONG_KEY = "sk-ant-api03-" + "k" * 40 + "WXYZ"
+LONG_TOKEN = "sk-ant-oat01-" + "t" * 90 + "TUVW"
+LOGIN_IN_2_HOURS = {
+    "access_token": LONG_TOKEN,
+    "refresh_token": "sk-ant-ort01-" + "r" * 90,
+    "expires_at": NOW + 7260,
+}
+LOGIN_ENDED = {"access_token": LONG_TOKEN, "expires_at": NOW - 86400 * 3}
+CLAUDE_CODE_ENDED = {"claudeAiOauth": {"accessToken": LONG_TOKEN, "expiresAt": 1000 * (NOW - 90)}}
+
+A_LOGIN = {"state/claude-shim/oauth.json": LOGIN_IN_2_HOURS}
+AN_ENDED_LOGIN = {"state/claude-shim/oauth.json": LOGIN_ENDED}
+CLAUDE_CODE = {".claude/.credentials.json": CLAUDE_CODE_ENDED}
+A_KEY = {"ANTHROPIC_API_KEY": LONG_KEY}
+
+
+def call_at_home(
+    tmp_path: Path, files: Dict[str, Any], env: Dict[str, str], *argv: str
+) -> Tuple[shim.Call, ScriptedUser]:
+    """A command's call in a home folder with these JSON files and no others, at NOW."""
+    for name, value in files.items():
+        shim.write_secret_file(str(tmp_path / name), json.dumps(value))
+    state = str(tmp_path / "state")
+    home = {"HOME": str(tmp_path), "XDG_STATE_HOME": state, "LOCALAPPDATA": state}
+    user = ScriptedUser()
+    call = command_call(user, *argv, env={**home, "USERPROFILE": str(tmp_path), **env})
+    return call._replace(clock=lambda: NOW), user
+
+
+STATUSES = [
+    case(
+        "an API key",
+        ({}, A_KEY, []),
+        0,
+        """\
+API key: used, as the first there is
+  from     ANTHROPIC_API_KEY
+  token    sk-ant-api03-...WXYZ
+  payer    billed to its Claude Console organisation""",
+    ),
+    case(
+        "a login and an API key, which S1-B4 chose between in silence",
+        (A_LOGIN, A_KEY, []),
+        0,
+        """\
+OAuth login: used, as the first there is
+  from     HOME/state/claude-shim/oauth.json
+  token    sk-ant-oat01-...TUVW
+  expires  in 2 hours, renewed by itself
+  payer    drawn from its Claude subscription or billed as extra usage
+
+API key: unused, OAuth login comes first; --auth api-key takes this
+  from     ANTHROPIC_API_KEY
+  token    sk-ant-api03-...WXYZ
+  payer    billed to its Claude Console organisation""",
+    ),
+    case(
+        "an API key that was asked for, and a login to fall back to",
+        (A_LOGIN, A_KEY, ["--auth", "api-key", "--fallback-auth", "oauth-bundle"]),
+        0,
+        """\
+OAuth login: fallback, for what upstream refuses to the first
+  from     HOME/state/claude-shim/oauth.json
+  token    sk-ant-oat01-...TUVW
+  expires  in 2 hours, renewed by itself
+  payer    drawn from its Claude subscription or billed as extra usage
+
+API key: used, as it was asked for
+  from     ANTHROPIC_API_KEY
+  token    sk-ant-api03-...WXYZ
+  payer    billed to its Claude Console organisation""",
+    ),
+    case(
+        "a login that ended and cannot be renewed",
+        (AN_ENDED_LOGIN, {}, []),
+        3,
+        """\
+OAuth login: used, as the first there is
+  from     HOME/state/claude-shim/oauth.json
+  token    sk-ant-oat01-...TUVW
+  expires  3 days ago
+  payer    drawn from its Claude subscription or billed as extra usage
+  expired  renew it by `claude_shim login`, or `--bundle`""",
+    ),
+    case(
+        "a setup token that is cut off (S1-R24)",
+        ({}, {"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-short"}, []),
+        1,
+        """\
+setup token: used, as the first there is
+  from     CLAUDE_CODE_OAUTH_TOKEN
+  broken   the setup token from CLAUDE_CODE_OAUTH_TOKEN has 18 characters of at least 80: \
+is it cut off? (--allow-odd-token takes it all the same)""",
+    ),
+    case(
+        "a command that prints a key, which is not run",
+        ({}, {}, ["--key-helper", "touch /tmp/no; exit 1"]),
+        0,
+        """\
+key: used, as it was asked for
+  from     --key-helper
+  expires  not known before it is asked for
+  payer    billed to whoever the key is of""",
+    ),
+    case(
+        "the keys of clients",
+        ({}, A_KEY, ["--auth", "passthrough"]),
+        0,
+        """\
+each client's own key: used, as it was asked for
+  payer    billed to each client
+
+API key: unused, each client's own key was asked for; --auth api-key takes this
+  from     ANTHROPIC_API_KEY
+  token    sk-ant-api03-...WXYZ
+  payer    billed to its Claude Console organisation""",
+    ),
+    case(
+        "the echo",
+        ({}, {}, ["--upstream", "echo"]),
+        0,
+        "none: used, as it was asked for\n  payer    nothing is billed",
+    ),
+    case("nothing", ({}, {}, []), 1, shim.NO_CREDENTIAL),
+    case(
+        "nothing of what was asked for",
+        ({}, {}, ["--auth", "api-key"]),
+        1,
+        "there is no API key to use; give it by `ANTHROPIC_API_KEY`, `--api-key-file`",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "code", "text"), STATUSES)
+def test_status(tmp_path: Path, given: Any, code: int, text: str) -> None:
+    files, env, argv = given
+    call, user = call_at_home(tmp_path, files, env, *argv)
+    assert shim.status(call) == code
+    assert user.said == [text.replace("HOME", str(tmp_path))]
+
+
+def test_status_of_claude_codes_login_that_ended(tmp_path: Path) -> None:
+    call, user = call_at_home(tmp_path, CLAUDE_CODE, {}, "--json")
+    assert shim.status(call) == 3
+    assert json.loads(user.said[0]) == [
+        {
+            "kind": "claude-code",
+            "source": str(tmp_path / ".claude" / ".credentials.json"),
+            "use": "used",
+            "because": "as the first there is",
+            "state": "expired",
+            "fault": "renew it by `claude`, then `/login`",
+            "notes": [],
+            "token": "sk-ant-oat01-...TUVW",
+            "expires_at": NOW - 90,
+            "expires": "1 minute ago",
+            "payer": "drawn from its Claude subscription or billed as extra usage",
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("secret", "shown"),
+    [
+        case("a long key", LONG_KEY, "sk-ant-api03-...WXYZ"),
+        case("a short key", "sk-ant-api03-abcdef", "sk-ant-api03-..."),
+        case("a key of another gateway", "g" * 36 + "ABCD", "...ABCD"),
+        case("a password", "hunter2", "..."),
+    ],
+)
+def test_masked_secret(secret: str, shown: str) -> None:
+    assert shim.masked(secret) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "less than a minute"), (60, "1 minute"), (7199, "1 hour"), (172800, "2 days")],
+)
+def test_span_in_words(seconds: float, words: str) -> None:
+    assert shim.span(seconds) == words
+
+
+MODELS_HEAD = (
+    b"HTTP/1.1 %d X\r\nDate: Sat, 21 Nov 2026 22:26:40 GMT\r\nContent-Length: %d\r\n\r\n%b"
+)
+
+
+def models_answer(status: int, message: str = "") -> List[bytes]:
+    """A script of FakeUpstream: its answer to the question for a model, at NOW."""
+    body = json.dumps({"type": "error", "error": {"type": "x", "message": message}}).encode()
+    return [MODELS_HEAD % (status, len(body), body)]
+
+
+DOCTORS = [
+    case(
+        "all is well",
+        ({}, A_KEY, []),
+        models_answer(200),
+        0,
+        [
+            "ok credential API key from ANTHROPIC_API_KEY, billed to its Claude Console",
+            "ok upstream URL takes the credential",
+            "ok clock this clock agrees with upstream's",
+            "ok callers any program on this machine",
+        ],
+    ),
+    case(
+        "two credentials (S1-R24)",
+        (A_LOGIN, A_KEY, []),
+        models_answer(200),
+        0,
+        [
+            "note others API key from ANTHROPIC_API_KEY, billed",
+            "organisation: unused, OAuth login comes first; --auth api-key takes this",
+        ],
+    ),
+    case(
+        "a setup token that is cut off (S1-R24)",
+        ({}, {"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-short"}, []),
+        models_answer(401, "x-api-key header is required"),
+        1,
+        [
+            "fault credential the setup token from CLAUDE_CODE_OAUTH_TOKEN has 18 characters",
+            "ok upstream URL answers; the credential was not tried",
+        ],
+    ),
+    case(
+        "Claude Code's login for want of another, which ended (S1-R24)",
+        (CLAUDE_CODE, {}, []),
+        models_answer(401, "x-api-key header is required"),
+        1,
+        [
+            "fault credential the login of Claude Code has ended: run `claude`, which renews it",
+            "note credential nothing else was found; if that was not meant, give an API key",
+        ],
+    ),
+    case(
+        "no credential",
+        ({}, {}, []),
+        models_answer(401),
+        1,
+        [
+            "fault credential " + shim.NO_CREDENTIAL,
+        ],
+    ),
+    case(
+        "a key that is refused, shown by upstream",
+        ({}, A_KEY, []),
+        models_answer(403, f"not for {LONG_KEY}\x1b[31m"),
+        1,
+        [
+            "fault upstream URL answers with status 403: not for [secret] [31m",
+        ],
+    ),
+    case(
+        "a gateway without a list of models",
+        ({}, A_KEY, []),
+        models_answer(404),
+        0,
+        [
+            "ok upstream URL answers; the credential was not tried",
+        ],
+    ),
+    case(
+        "the keys of clients",
+        ({}, {}, ["--auth", "passthrough"]),
+        models_answer(401),
+        0,
+        [
+            "ok credential each client's own key, billed to each client",
+            "ok upstream URL answers; the credential was not tried",
+        ],
+    ),
+    case(
+        "an open host without a key",
+        ({}, A_KEY, ["--host", "0.0.0.0"]),
+        models_answer(200),
+        1,
+        [
+            "fault callers --host 0.0.0.0 lets other machines spend your quota: set ",
+        ],
+    ),
+    case(
+        "an authority for other programs",
+        ({}, {**A_KEY, "NODE_EXTRA_CA_CERTS": "/corp.pem", "SSL_CERT_FILE": "/gone.pem"}, []),
+        models_answer(200),
+        0,
+        [
+            "note certificates SSL_CERT_FILE names what is not there, so no authority is trusted",
+            "note certificates NODE_EXTRA_CA_CERTS is for other programs: if upstream needs it,",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "answer", "code", "told"), DOCTORS)
+def test_doctor(
+    tmp_path: Path, given: Any, answer: List[bytes], code: int, told: List[str]
+) -> None:
+    files, env, argv = given
+    with FakeUpstream(answer) as fake:
+        call, user = call_at_home(
+            tmp_path, files, env, *argv, "--base-url", fake.url, "--port", "0"
+        )
+        assert shim.doctor(call) == code
+    lines = [" ".join(line.split()) for line in user.said[0].replace(fake.url, "URL").split("\n")]
+    assert [line for line in told if " ".join(line.split()) not in " ".join(lines)] == []
+    works = "A request would work." if code == 0 else "No request would work before that is mended."
+    assert lines[-1] == works
+    assert [s for s in (LONG_KEY, LONG_TOKEN, "rrrr") if s in user.said[0]] == []
+
+
+def test_doctor_shows_upstream_the_credential_once(tmp_path: Path) -> None:
+    with FakeUpstream(models_answer(200)) as fake:
+        argv = ["--base-url", fake.url, "--port", "0", "--json"]
+        call, user = call_at_home(tmp_path, A_LOGIN, {}, *argv)
+        assert shim.doctor(call) == 0
+    (request,) = fake.requests
+    head = request.decode().split("\r\n")
+    assert head[0] == "GET /v1/models?limit=1 HTTP/1.1"
+    assert {f"authorization: Bearer {LONG_TOKEN}", "anthropic-beta: oauth-2025-04-20"} <= set(head)
+    told = json.loads(user.said[0])
+    assert told["works"] is True
+    assert {"check": "clock", "verdict": "ok", "sentence": "this clock agrees with upstream's"} in (
+        told["checks"]
+    )
+
+
+def seen_by_doctor(*argv: str, env: Optional[Dict[str, str]] = None, **seen: Any) -> Any:
+    """What a check of the doctor looks at; all is well but what is given."""
+    call = command_call(ScriptedUser(), *argv, env=env)._replace(clock=lambda: NOW)
+    answer = shim.Answer(200, "Sat, 21 Nov 2026 22:26:40 GMT")
+    return shim.Examination(call, [], "", answer)._replace(**seen)
+
+
+CHECKED = [
+    case("a fine Python", "python", {"python": (3, 9, 0)}, ["ok Python 3.9.0"]),
+    case(
+        "an old Python",
+        "python",
+        {"python": (3, 8, 20)},
+        ["fault Python 3.8.20 is too old: claude_shim needs 3.9 or newer"],
+    ),
+    case(
+        "a clock ahead",
+        "clock",
+        {"answer": shim.Answer(200, "Sat, 21 Nov 2026 20:00:00 GMT")},
+        ["note this clock is 2 hours ahead of upstream's: logins end at the wrong time; set it"],
+    ),
+    case(
+        "a clock behind",
+        "clock",
+        {"answer": shim.Answer(200, "Sat, 21 Nov 2026 22:28:10 GMT")},
+        ["note this clock is 1 minute behind upstream's: logins end at the wrong time; set it"],
+    ),
+    case("no date", "clock", {"answer": shim.Answer(200, "")}, []),
+    case("a date that is none", "clock", {"answer": shim.Answer(200, "yesterday")}, []),
+    case(
+        "an upstream that cannot be reached",
+        "upstream",
+        {"answer": shim.Answer(reason="cannot reach upstream at x: no route")},
+        ["fault cannot reach upstream at x: no route"],
+    ),
+    case(
+        "claude_shim before itself",
+        "upstream",
+        {"argv": ["--base-url", "http://localhost:8765/v1"]},
+        ["fault --base-url is where claude_shim itself listens, port 8765"],
+    ),
+    case(
+        "an upstream that is overloaded",
+        "upstream",
+        {"answer": shim.Answer(529, reason="Overloaded")},
+        ["fault https://api.anthropic.com answers with status 529: Overloaded"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("check", "seen", "expected"), CHECKED)
+def test_check_of_doctor(check: str, seen: JSON, expected: List[str]) -> None:
+    argv = seen.get("argv", [])
+    given = {name: value for name, value in seen.items() if name != "argv"}
+    found = shim.CHECKS[check](seen_by_doctor(*argv, **given))
+    assert [" ".join(finding) for finding in found] == expected
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_check_of_key_files_that_others_can_read(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("k")
+    path.chmod(0o640)
+    seen = seen_by_doctor("--api-key-file", str(path), "--client-key-file", str(tmp_path / "gone"))
+    (finding,) = shim.CHECKS["files"](seen)
+    assert finding == ("note", f"{path} can be read by others: run chmod 600 {path}")
+
+
+def test_check_of_a_proxy_shows_no_password(proxy_environment: Any) -> None:
+    proxy_environment(HTTPS_PROXY="http://ann:hunter2@proxy.example:3128")
+    (finding,) = shim.CHECKS["proxy"](seen_by_doctor())
+    assert finding == ("ok", "upstream is reached through proxy.example:3128")
+    proxy_environment(HTTPS_PROXY="socks5://proxy.example:1080")
+    (finding,) = shim.CHECKS["proxy"](seen_by_doctor())
+    assert finding.verdict == "fault"
+
+
+def test_check_of_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        (finding,) = shim.CHECKS["port"](seen_by_doctor("--port", port))
+        owner = shim.port_owner(int(port))
+    assert finding == (
+        "note",
+        f"127.0.0.1:{port} is taken by {owner or 'another program'}; choose another --port",
+    )
+    if sys.platform == "linux":
+        assert owner.endswith(f" ({os.getpid()})")
+    assert list(shim.CHECKS["port"](seen_by_doctor("--port", "0"))) == [
+        ("ok", "127.0.0.1:0 is free")
+    ]
+
+
+PROC_NET_TCP = """\
+  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:223D 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 1380 1 0
+   1: 0100007F:223D 0100007F:B59F 01 00000000:00000000 00:00000000 00000000  1000        0 1381 1 0
+   2: 00000000:223E 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1382 1 0
+"""
+
+
+def test_listener_in_proc() -> None:
+    assert shim.listening_inodes(PROC_NET_TCP, 8765) == ["1380"]
+    assert shim.listening_inodes("", 8765) == []
+
+
 # --- as a program of its own
 
 
