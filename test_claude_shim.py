@@ -918,6 +918,14 @@ def expected_readme_rows() -> Dict[str, List[List[str]]]:
             for mode, kind in shim.KINDS.items()
             if mode in shim.AUTH_MODES
         ],
+        "commands": [
+            [
+                " ".join([name, *(f"[--{s}]" for s in command.switches)]),
+                command.help,
+                command.exit_codes,
+            ]
+            for name, command in shim.COMMANDS.items()
+        ],
         "options": [
             [f"--{option.flag} {option.metavar}".strip(), option.default, option.help]
             for option in shim.OPTIONS
