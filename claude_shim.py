@@ -7677,11 +7677,15 @@ def oauth_client(settings: Settings) -> OAuthClient:
     return OAuthClient(settings.token_url, settings.oauth_client_id, settings.oauth_scope)
 
 
+def header_secrets(settings: Settings) -> List[str]:
+    """Return what --upstream-header may have of secrets: all that is longer than a word."""
+    return [value for _, value in settings.upstream_header if len(value) >= 8]
+
+
 def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO) -> Server:
     """Return the server, bound but not serving yet; ConfigError when a setting is wrong."""
     keys = client_keys_from(settings, environment)
-    added = [value for _, value in settings.upstream_header if len(value) >= 8]  # none is a word
-    log = Log(log_to, [*keys.secrets(), *added], settings.quiet)
+    log = Log(log_to, [*keys.secrets(), *header_secrets(settings)], settings.quiet)
     world = outside(settings, log)
     credential = credential_from(settings, environment, world)
     fallback = fallback_from(settings, environment, world, credential)
@@ -7796,10 +7800,16 @@ class Terminal:
             return ""
 
     def browse(self, url: str) -> bool:
-        """Return whether a browser was opened, where its user can see it."""
+        """Return whether a browser was opened where its user can see it; some return only later."""
         import webbrowser
 
-        return has_screen(self._environment, sys.platform) and webbrowser.open(url)
+        if not has_screen(self._environment, sys.platform):
+            return False
+        opened: List[bool] = []
+        opening = threading.Thread(target=lambda: opened.append(webbrowser.open(url)), daemon=True)
+        opening.start()
+        opening.join(2.0)
+        return opened != [False]
 
 
 def has_screen(environment: Dict[str, str], platform: str) -> bool:
@@ -7941,33 +7951,40 @@ def _show_page(connection: socket.socket, status: int) -> None:
 
 LOGIN_NOTICE = """\
 This logs in with a Claude account and keeps its tokens in {path}.
-Anthropic reserves the tokens of Claude accounts (Free, Pro, Max, Team) for Claude Code and its own
-apps: what claude_shim sends with them may be refused or billed as extra usage, and must never be
-for other people. Within the terms are an API key (ANTHROPIC_API_KEY), `ant auth login`, and for a
+Anthropic's terms reserve the tokens of Claude accounts (Free, Pro, Max) for Claude Code and its own
+apps: what claude_shim sends with them may be refused or billed as extra usage. Never use them for
+other people. Within the terms are an API key (ANTHROPIC_API_KEY), `ant auth login`, and for a
 subscription the `claude` program itself."""
 LOGGED_IN = """\
 Logged in. The tokens are in {path} and are renewed from there.
-claude_shim now uses this login before any API key; `claude_shim status` shows what it uses."""
+With --auth auto they come before any API key: `claude_shim status` shows what is used."""
 
 
 def login(call: Call) -> int:
     """Log in with a Claude account; 1 if that ended without tokens."""
-    path, client = bundle_path(call.settings, call.environment), oauth_client(call.settings)
+    path = bundle_path(call.settings, call.environment)
     call.terminal.say(LOGIN_NOTICE.format(path=path))
     if "yes" not in call.switches and call.terminal.ask("Go on? [y/N] ")[:1] not in ("y", "Y"):
         call.terminal.say("Nothing was done. (--yes goes on without asking.)")
         return 1
+    client = oauth_client(call.settings)._replace(repair="start again")
     try:
         attempt, code = _agreed(call, client)
         bundle = granted(call.world(Log()), client, attempt.token_fields(code, client.id))
-        with locked_login(path):
-            write_secret_file(path, bundle_text(bundle, {}))
-    except (LoginError, ShimError, OSError) as error:
-        reason = f"cannot write {path}: {error.strerror}" if isinstance(error, OSError) else error
-        call.terminal.say(f"Not logged in: {reason}.")
+        _keep_login(path, bundle)
+    except (LoginError, ShimError) as error:
+        call.terminal.say(f"Not logged in: {error}.")
         return 1
     call.terminal.say(LOGGED_IN.format(path=path))
     return 0
+
+
+def _keep_login(path: str, bundle: Bundle) -> None:
+    try:
+        with locked_login(path):
+            write_secret_file(path, bundle_text(bundle, {}))
+    except OSError as error:
+        raise LoginError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _agreed(call: Call, client: OAuthClient) -> Tuple[LoginAttempt, str]:
@@ -8157,6 +8174,7 @@ def status(call: Call) -> int:
 class Answer(NamedTuple):
     """What upstream said to a question that costs nothing."""
 
+    url: str
     status: int = 0  # there was no answer
     date: str = ""
     reason: str = ""
@@ -8181,10 +8199,12 @@ class Finding(NamedTuple):
 
 def examination(call: Call) -> Examination:
     """Return what there is to check; a login is renewed if it has to be, and upstream is asked."""
-    log, fault = Log(), ""
+    settings, environment, fault = call.settings, call.environment, ""
+    log = Log(None, header_secrets(settings))
     credential: Credential = NoCredential()
     try:
-        chosen = credential_from(call.settings, call.environment, call.world(log))
+        chosen = credential_from(settings, environment, call.world(log))
+        fallback_from(settings, environment, call.world(log), chosen)
         for secret in chosen.secrets():
             log.hide(secret)
         if not isinstance(chosen, Passthrough):
@@ -8193,7 +8213,7 @@ def examination(call: Call) -> Examination:
     except (ConfigError, ShimError) as error:
         fault = log.masked(str(error))
     with contextlib.closing(credential):
-        answer = _asked(call.settings, credential, log)
+        answer = _asked(settings, credential, log)
     return Examination(call, standings(call), fault, answer)
 
 
@@ -8205,10 +8225,10 @@ def _asked(settings: Settings, credential: Credential, log: Log) -> Answer:
             response = _authorized(credential, request, {}, upstream.send)
             body = parsed_or_none(read_error_body(response))
     except (ConfigError, ShimError) as error:
-        return Answer(reason=log.masked(str(error)))
+        return Answer(settings.base_url, reason=log.masked(str(error)))
     reason = log.masked(upstream_error(response.status, body).message)[:300]
     shown = "".join(letter if letter.isprintable() else " " for letter in reason)
-    return Answer(response.status, response.header("date"), shown)
+    return Answer(upstream.url, response.status, response.header("date"), shown)
 
 
 def _check_python(seen: Examination) -> Iterator[Finding]:
@@ -8271,8 +8291,8 @@ def _check_certificates(seen: Examination) -> Iterator[Finding]:
 
 
 def _check_upstream(seen: Examination) -> Iterator[Finding]:
-    settings, (status, _, reason) = seen.call.settings, seen.answer
-    target = urllib.parse.urlsplit(settings.base_url)
+    settings, (url, status, _, reason) = seen.call.settings, seen.answer
+    target = urllib.parse.urlsplit(url)
     unshown = seen.fault or settings.auth == "passthrough"
     if is_loopback(target.hostname or "") and target.port == settings.port:
         yield Finding(
@@ -8281,11 +8301,11 @@ def _check_upstream(seen: Examination) -> Iterator[Finding]:
     elif not status:
         yield Finding("fault", reason)
     elif status == 200:
-        yield Finding("ok", f"{settings.base_url} takes the credential")
+        yield Finding("ok", f"{url} takes the credential")
     elif status == 404 or (status == 401 and unshown):
-        yield Finding("ok", f"{settings.base_url} answers; the credential was not tried")
+        yield Finding("ok", f"{url} answers; the credential was not tried")
     else:
-        yield Finding("fault", f"{settings.base_url} answers with status {status}: {reason}")
+        yield Finding("fault", f"{url} answers with status {status}: {reason}")
 
 
 CLOCK_TOLERANCE = 60.0  # seconds; logins are renewed that long before their end

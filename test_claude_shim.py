@@ -15765,7 +15765,7 @@ def test_login(
     if os.name == "posix":
         assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     told = "\n".join(user.said)
-    assert "Anthropic reserves the tokens of Claude accounts" in user.said[0]
+    assert "Anthropic's terms reserve the tokens of Claude accounts" in user.said[0]
     assert [s for s in ("c-1", "fresh", body["code_verifier"], "b.example") if s in told] == []
     assert (browser.statuses() if browser else []) == pages
 
@@ -16210,6 +16210,20 @@ DOCTORS = [
         ],
     ),
     case(
+        "the echo",
+        ({}, {}, ["--upstream", "echo"]),
+        models_answer(500),
+        0,
+        ["ok credential none, nothing is billed", "ok upstream echo takes the credential"],
+    ),
+    case(
+        "a fallback that is not there",
+        ({}, A_KEY, ["--fallback-auth", "setup-token"]),
+        models_answer(401),
+        1,
+        ["fault credential there is no setup token to use; give it by `CLAUDE_CODE_OAUTH_TOKEN`"],
+    ),
+    case(
         "an open host without a key",
         ({}, A_KEY, ["--host", "0.0.0.0"]),
         models_answer(200),
@@ -16267,7 +16281,7 @@ def test_doctor_shows_upstream_the_credential_once(tmp_path: Path) -> None:
 def seen_by_doctor(*argv: str, env: Optional[Dict[str, str]] = None, **seen: Any) -> Any:
     """What a check of the doctor looks at; all is well but what is given."""
     call = command_call(ScriptedUser(), *argv, env=env)._replace(clock=lambda: NOW)
-    answer = shim.Answer(200, "Sat, 21 Nov 2026 22:26:40 GMT")
+    answer = shim.Answer("https://u", 200, "Sat, 21 Nov 2026 22:26:40 GMT")
     return shim.Examination(call, [], "", answer)._replace(**seen)
 
 
@@ -16282,44 +16296,56 @@ CHECKED = [
     case(
         "a clock ahead",
         "clock",
-        {"answer": shim.Answer(200, "Sat, 21 Nov 2026 20:00:00 GMT")},
+        {"answer": shim.Answer("https://u", 200, "Sat, 21 Nov 2026 20:00:00 GMT")},
         ["note this clock is 2 hours ahead of upstream's: logins end at the wrong time; set it"],
     ),
     case(
         "a clock behind",
         "clock",
-        {"answer": shim.Answer(200, "Sat, 21 Nov 2026 22:28:10 GMT")},
+        {"answer": shim.Answer("https://u", 200, "Sat, 21 Nov 2026 22:28:10 GMT")},
         ["note this clock is 1 minute behind upstream's: logins end at the wrong time; set it"],
     ),
-    case("no date", "clock", {"answer": shim.Answer(200, "")}, []),
-    case("a date that is none", "clock", {"answer": shim.Answer(200, "yesterday")}, []),
+    case("no date", "clock", {"answer": shim.Answer("https://u", 200, "")}, []),
+    case(
+        "a date that is none", "clock", {"answer": shim.Answer("https://u", 200, "yesterday")}, []
+    ),
     case(
         "an upstream that cannot be reached",
         "upstream",
-        {"answer": shim.Answer(reason="cannot reach upstream at x: no route")},
+        {"answer": shim.Answer("https://u", reason="cannot reach upstream at x: no route")},
         ["fault cannot reach upstream at x: no route"],
     ),
     case(
         "claude_shim before itself",
         "upstream",
-        {"argv": ["--base-url", "http://localhost:8765/v1"]},
+        {"answer": shim.Answer("http://localhost:8765", 200)},
         ["fault --base-url is where claude_shim itself listens, port 8765"],
     ),
     case(
         "an upstream that is overloaded",
         "upstream",
-        {"answer": shim.Answer(529, reason="Overloaded")},
-        ["fault https://api.anthropic.com answers with status 529: Overloaded"],
+        {"answer": shim.Answer("https://u", 529, reason="Overloaded")},
+        ["fault https://u answers with status 529: Overloaded"],
     ),
 ]
 
 
 @pytest.mark.parametrize(("check", "seen", "expected"), CHECKED)
 def test_check_of_doctor(check: str, seen: JSON, expected: List[str]) -> None:
-    argv = seen.get("argv", [])
-    given = {name: value for name, value in seen.items() if name != "argv"}
-    found = shim.CHECKS[check](seen_by_doctor(*argv, **given))
+    found = shim.CHECKS[check](seen_by_doctor(**seen))
     assert [" ".join(finding) for finding in found] == expected
+
+
+def test_check_of_credentials_that_are_not_used() -> None:
+    locked = "the keychain is locked: run `security unlock-keychain` first"
+    rows = [
+        shim.Standing("api-key", "ANTHROPIC_API_KEY", "used", "as the first there is"),
+        shim.Standing("claude-code", "FILE", "unused", "API key comes first", "broken", locked),
+    ]
+    (finding,) = shim.CHECKS["others"](seen_by_doctor(rows=rows))
+    assert finding.verdict == "note"
+    assert finding.sentence.startswith("login of Claude Code from FILE, drawn from its Claude")
+    assert finding.sentence.endswith(f"usage: unused, API key comes first ({locked})")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
@@ -16410,6 +16436,39 @@ def test_command_with_nobody_to_ask_ends_with_1(tmp_path: Path) -> None:
     ran = run_alone(tmp_path, "login", "--bundle", str(tmp_path / "oauth.json"))
     assert (ran.returncode, ran.stderr) == (1, "")
     assert ran.stdout.endswith("Go on? [y/N] Nothing was done. (--yes goes on without asking.)\n")
+
+
+BROWSER_PROGRAM = """\
+import sys, urllib.parse, urllib.request
+fields = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(sys.argv[1]).query))
+query = urllib.parse.urlencode({"code": "c-1", "state": fields["state"]})
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+opener.open(fields["redirect_uri"] + "?" + query).read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere BROWSER opens no program")
+def test_login_as_a_program_goes_through_the_browser(tmp_path: Path) -> None:
+    script, path = tmp_path / "browser.py", tmp_path / "oauth.json"
+    script.write_text(BROWSER_PROGRAM)
+    browser = {"BROWSER": f"{sys.executable} {script} %s &"}
+    with FakeUpstream(GRANTED) as fake:
+        ran = subprocess.run(
+            [
+                *(sys.executable, shim.__file__, "login", "--yes", "--bundle", str(path)),
+                *("--token-url", f"{fake.url}/v1/oauth/token"),
+            ],
+            env={**bare_environment(tmp_path), **browser},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        assert posted(fake)["code"] == "c-1"
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "Logged in. " in ran.stdout
+    assert path.exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
