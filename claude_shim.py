@@ -6186,7 +6186,11 @@ def _authorized(
     response = send(call._replace(headers=with_authorization(call.headers, shown)))
     if response.status != 401:
         return response
-    newer = credential.authorization(client, rejected=shown)
+    try:
+        newer = credential.authorization(client, rejected=shown)
+    except BaseException:
+        response.source.drop()
+        raise
     if newer == shown:
         return response
     read_error_body(response)
@@ -8118,6 +8122,7 @@ def _loaded(standing: Standing, found: Found, now: float, hidden: List[str]) -> 
     told, tokens = credential.describe(), [*credential.secrets(), *hidden]
     expired = told.expires_at is not None and told.expires_at <= now and not told.renews
     return standing._replace(
+        source=told.source,
         state="expired" if expired else "usable",
         fault=f"renew it by {KINDS[told.kind].given}" if expired else "",
         token=masked(tokens[0]) if tokens else "",

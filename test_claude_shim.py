@@ -15949,6 +15949,7 @@ CLAUDE_CODE_ENDED = {"claudeAiOauth": {"accessToken": LONG_TOKEN, "expiresAt": 1
 A_LOGIN = {"state/claude-shim/oauth.json": LOGIN_IN_2_HOURS}
 AN_ENDED_LOGIN = {"state/claude-shim/oauth.json": LOGIN_ENDED}
 CLAUDE_CODE = {".claude/.credentials.json": CLAUDE_CODE_ENDED}
+CLAUDE_CODE_NOW = {".claude/.credentials.json": {"claudeAiOauth": {"accessToken": LONG_TOKEN}}}
 A_KEY = {"ANTHROPIC_API_KEY": LONG_KEY}
 
 
@@ -16171,6 +16172,13 @@ DOCTORS = [
             "fault credential the login of Claude Code has ended: run `claude`, which renews it",
             "note credential nothing else was found; if that was not meant, give an API key",
         ],
+    ),
+    case(
+        "Claude Code's login, refused by upstream",
+        (CLAUDE_CODE_NOW, {}, []),
+        models_answer(401, "invalid bearer token"),
+        1,
+        ["fault upstream the login of Claude Code has ended: run `claude`, which renews it"],
     ),
     case(
         "no credential",
