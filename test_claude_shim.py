@@ -15598,13 +15598,37 @@ def test_denied_login_ends_the_wait() -> None:
     assert page(sock).startswith(b"HTTP/1.1 403 ")
 
 
+def test_login_is_listened_for_on_this_machine_only() -> None:
+    """pi#7515: a variable of the environment moved it to all addresses."""
+    with shim.CallbackListener() as listener:
+        port = int(listener.redirect_uri.split(":")[2].partition("/")[0])
+        if sys.platform == "linux":  # where all of 127.0.0.0/8 is this machine
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.2", port), PATIENCE)
+
+
 def test_silent_connections_hold_up_no_login() -> None:
     with shim.CallbackListener() as listener:
         silent = called_back(listener, *[b"GET /callb"] * 40)
         (right,) = called_back(listener, CALLBACK)
         assert listener.code(ATTEMPT, PATIENCE) == "c-1"
+        assert shim.readable(silent[:1], PATIENCE) == silent[:1]  # closed to make room
+        assert shim.readable(silent[-1:], 0) == []
         right.close()
     for sock in silent:
+        sock.close()
+
+
+def test_connection_that_is_closed_to_make_room_is_not_read() -> None:
+    with shim.CallbackListener() as listener:
+        silent = called_back(listener, *[b"G"] * 32)
+        with pytest.raises(shim.LoginError):
+            listener.code(ATTEMPT, 0.2)
+        for sock in silent:
+            sock.sendall(b"E")
+        (right,) = called_back(listener, CALLBACK)
+        assert listener.code(ATTEMPT, PATIENCE) == "c-1"
+    for sock in (*silent, right):
         sock.close()
 
 
@@ -15884,6 +15908,8 @@ def test_logout(tmp_path: Path, text: str, status: str, code: int, token: Any) -
             "client_id": "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
         }
     assert not path.exists()
+    if os.name == "posix":  # it was locked against those that renew it
+        assert path.with_name("oauth.json.lock").exists()
     assert user.said[0] == f"Deleted {path}."
     assert ("The tokens were not revoked" in "".join(user.said)) is bool(code)
     assert "sk-ant" not in "".join(user.said)
@@ -15931,6 +15957,10 @@ A_LOGIN = {"state/claude-shim/oauth.json": LOGIN_IN_2_HOURS}
 AN_ENDED_LOGIN = {"state/claude-shim/oauth.json": LOGIN_ENDED}
 CLAUDE_CODE = {".claude/.credentials.json": CLAUDE_CODE_ENDED}
 CLAUDE_CODE_NOW = {".claude/.credentials.json": {"claudeAiOauth": {"accessToken": LONG_TOKEN}}}
+OTHER_TOKEN = "sk-ant-oat01-" + "h" * 90 + "HIJK"
+CLAUDE_CODE_OF_ANOTHER = {
+    ".claude/.credentials.json": {"claudeAiOauth": {"accessToken": OTHER_TOKEN}}
+}
 A_KEY = {"ANTHROPIC_API_KEY": LONG_KEY}
 
 
@@ -16001,6 +16031,22 @@ OAuth login: used, as the first there is
   expires  3 days ago
   payer    drawn from its Claude subscription or billed as extra usage
   expired  renew it by `claude_shim login`, or `--bundle`""",
+    ),
+    case(
+        "two logins",
+        ({**A_LOGIN, **CLAUDE_CODE_OF_ANOTHER}, {}, []),
+        0,
+        """\
+OAuth login: used, as the first there is
+  from     HOME/state/claude-shim/oauth.json
+  token    sk-ant-oat01-...TUVW
+  expires  in 2 hours, renewed by itself
+  payer    drawn from its Claude subscription or billed as extra usage
+
+login of Claude Code: unused, OAuth login comes first; --auth claude-code takes this
+  from     HOME/.claude/.credentials.json
+  token    sk-ant-oat01-...HIJK
+  payer    drawn from its Claude subscription or billed as extra usage""",
     ),
     case(
         "a setup token that is cut off (S1-R24)",
@@ -16458,6 +16504,23 @@ def test_login_as_a_program_goes_through_the_browser(tmp_path: Path) -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "Logged in. " in ran.stdout
     assert path.exists()
+    assert path.with_name("oauth.json.lock").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere BROWSER opens no program")
+def test_browser_that_fails_is_none(tmp_path: Path) -> None:
+    nothing = {"BROWSER": f"{sys.executable} {tmp_path}/gone.py %s", "PATH": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, shim.__file__, "login", "--yes"],
+        env={**bare_environment(tmp_path), **nothing},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert "Open this page, agree, and paste the line CODE#STATE" in ran.stdout
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
