@@ -7876,7 +7876,6 @@ class CallbackListener:
     does a connection that says nothing hold up another; browsers open some in advance.
     """
 
-    MAX_CONNECTIONS = 32
     MAX_HEAD = 16 << 10
 
     def __init__(self) -> None:
@@ -7900,7 +7899,7 @@ class CallbackListener:
             for sock in readable([self._server, *self._heads], deadline - time.monotonic()):
                 if sock is self._server:
                     self._accept()
-                elif sock in self._heads and (code := self._read(sock, attempt)):
+                elif code := self._read(sock, attempt):
                     return code
         raise LoginError("the browser did not come back in time; run login again")
 
@@ -7909,10 +7908,6 @@ class CallbackListener:
             connection, _ = self._server.accept()
             connection.settimeout(1.0)
             self._heads[connection] = b""
-        if len(self._heads) > self.MAX_CONNECTIONS:
-            silent = next(iter(self._heads))
-            del self._heads[silent]
-            silent.close()
 
     def _read(self, connection: socket.socket, attempt: LoginAttempt) -> str:
         """The code, if the head is whole now and holds it."""
@@ -8023,13 +8018,9 @@ def logout(call: Call) -> int:
         os.unlink(path)
     call.terminal.say(f"Deleted {path}.")
     if fault:
-        call.terminal.say(NOT_REVOKED.format(fault=fault))
+        advice = "They end by themselves, or at once if you log out everywhere at claude.ai."
+        call.terminal.say(f"The tokens were not revoked: {fault}.\n{advice}")
     return 1 if fault else 0
-
-
-NOT_REVOKED = """\
-The tokens were not revoked: {fault}.
-They end by themselves, or at once if you log out everywhere at claude.ai."""
 
 
 def _revoked(call: Call, bundle: Bundle) -> str:
@@ -8264,14 +8255,6 @@ def _check_others(seen: Examination) -> Iterator[Finding]:
             yield Finding("note", f"{shown} ({row.fault})" if row.fault else shown)
 
 
-def _check_files(seen: Examination) -> Iterator[Finding]:
-    settings = seen.call.settings
-    for path in filter(None, (settings.api_key_file, settings.client_key_file)):
-        with contextlib.suppress(OSError):
-            if os.name == "posix" and os.stat(os.path.expanduser(path)).st_mode & 0o077:
-                yield Finding("note", f"{path} can be read by others: run chmod 600 {path}")
-
-
 def _check_proxy(seen: Examination) -> Iterator[Finding]:
     try:
         proxies = proxies_for(seen.call.settings.base_url)
@@ -8330,12 +8313,18 @@ def _check_clock(seen: Examination) -> Iterator[Finding]:
 
 
 def _check_callers(seen: Examination) -> Iterator[Finding]:
+    path = seen.call.settings.client_key_file
     try:
         keys = client_keys_from(seen.call.settings, seen.call.environment)
     except ConfigError as error:
         yield Finding("fault", str(error))
         return
     yield Finding("ok", _callers(keys))
+    try:
+        if path:
+            read_secret_file(path)
+    except ConfigError as error:
+        yield Finding("note", str(error))
 
 
 def _check_port(seen: Examination) -> Iterator[Finding]:
@@ -8382,7 +8371,6 @@ CHECKS: Dict[str, Callable[[Examination], Iterator[Finding]]] = {
     "python": _check_python,
     "credential": _check_credential,
     "others": _check_others,
-    "files": _check_files,
     "proxy": _check_proxy,
     "certificates": _check_certificates,
     "upstream": _check_upstream,
