@@ -16305,6 +16305,17 @@ def test_doctor(
     assert [s for s in (LONG_KEY, LONG_TOKEN, "rrrr") if s in user.said[0]] == []
 
 
+def test_doctor_of_an_upstream_that_is_down(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{closed.getsockname()[1]}"
+        argv = ["--base-url", f"http://{host}", "--port", "0"]
+        call, user = call_at_home(tmp_path, {}, A_KEY, *argv)
+        assert shim.doctor(call) == 1
+    (line,) = [line for line in user.said[0].split("\n") if line.startswith("fault")]
+    assert line.startswith(f"fault  upstream      cannot reach upstream at {host}: ")
+
+
 def test_doctor_shows_upstream_the_credential_once(tmp_path: Path) -> None:
     with FakeUpstream(models_answer(200)) as fake:
         argv = ["--base-url", fake.url, "--port", "0", "--json"]
