@@ -7831,10 +7831,11 @@ class Call(NamedTuple):
     switches: FrozenSet[str]
     terminal: Terminal
     clock: Callable[[], float] = time.time
+    run: Callable[[Sequence[str]], Tuple[int, str]] = run_program
 
     def world(self, log: Log) -> Outside:
         """Return what a credential needs of the world."""
-        return outside(self.settings, log)._replace(clock=self.clock)
+        return outside(self.settings, log)._replace(clock=self.clock, run=self.run)
 
 
 def run_server(call: Call) -> int:

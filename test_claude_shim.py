@@ -15717,7 +15717,7 @@ def command_call(user: ScriptedUser, *argv: str, env: Optional[Dict[str, str]] =
     known = {f"--{switch}" for command in shim.COMMANDS.values() for switch in command.switches}
     switches = frozenset(word[2:] for word in argv if word in known)
     settings = settings_of(*[word for word in argv if word not in known], env=env)
-    return shim.Call(settings, env or {}, switches, user)
+    return shim.Call(settings, env or {}, switches, user, run=run_of(44, ""))  # no keychain
 
 
 def posted(fake: FakeUpstream) -> JSON:
