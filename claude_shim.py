@@ -7797,10 +7797,10 @@ class Terminal:
         print(text, flush=True)
 
     def ask(self, question: str) -> str:
-        """Return the line that is typed in answer; nothing if nobody is there."""
+        """Return the line that is typed in answer; nothing if nobody is there, or it is no text."""
         try:
             return input(question)
-        except EOFError:
+        except (EOFError, UnicodeError):
             return ""
 
     def browse(self, url: str) -> bool:
