@@ -68,6 +68,7 @@ import zlib
 from collections import OrderedDict, deque
 from datetime import datetime, timezone
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Deque,
@@ -89,6 +90,9 @@ from typing import (
     TypeVar,
     Union,
 )
+
+if TYPE_CHECKING:
+    import sqlite3
 
 __version__ = "0.1.0"
 
@@ -113,6 +117,9 @@ __all__ = [
     "Policy",
     "Request",
     "Response",
+    "ResponseStore",
+    "ResponsesReply",
+    "ResponsesStreamEncoder",
     "Server",
     "ServerLimits",
     "ShimError",
@@ -122,6 +129,8 @@ __all__ = [
     "completion_from_messages",
     "main",
     "messages_request_from_chat",
+    "messages_request_from_responses",
+    "response_from_message",
 ]
 
 JSON = Dict[str, Any]  # an object on the wire: checked once at the edge, unknown fields survive
@@ -187,6 +196,18 @@ class NotFoundError(RequestError):
     status = 404
     type = "not_found_error"
     code = "unsupported_endpoint"
+
+
+class NotStoredError(NotFoundError):
+    """404: no response and no item of this id is kept for this client."""
+
+    code = "not_found"
+
+
+class PreviousResponseError(RequestError):
+    """400: the response to go on from is not kept for this client."""
+
+    code = "previous_response_not_found"
 
 
 class ModelNotFoundError(NotFoundError):
@@ -836,14 +857,64 @@ def _capabilities(model: Model) -> JSON:
     }
 
 
-def model_list(entries: Sequence[JSON]) -> JSON:
-    """Return the body of GET /v1/models for both dialects; neither SDK pages through it."""
+def one_page(entries: Sequence[JSON]) -> JSON:
+    """Return a list as both dialects give it, all on one page."""
     return {
         "object": "list",
         "data": list(entries),
         "has_more": False,
         "first_id": entries[0]["id"] if entries else None,
         "last_id": entries[-1]["id"] if entries else None,
+    }
+
+
+def model_list(entries: Sequence[JSON]) -> JSON:
+    """Return the body of GET /v1/models for both dialects, and Codex's catalogue; no SDK pages."""
+    catalogue = [_codex_entry(number, entry) for number, entry in enumerate(entries)]
+    return {**one_page(entries), "models": catalogue}
+
+
+# Codex has these words for the model from the catalogue, and none of its own then.
+_CODEX_INSTRUCTIONS = """You are a coding agent in the Codex CLI, on the user's own machine. Work \
+until the task is done: read the code before you change it, keep to its style, make the smallest \
+change that solves the whole problem, and run what shows that it works. Edit files with \
+apply_patch where there is such a tool. Undo nothing that you did not do, and commit nothing \
+unasked. Say at the end, in a few lines, what you changed and what you saw when you ran it."""
+
+_CODEX_EFFORTS = {
+    "low": "Quick answers",
+    "medium": "Balanced",
+    "high": "Thorough",
+    "xhigh": "As thorough as it gets",
+}
+
+
+def _codex_entry(number: int, entry: JSON) -> JSON:
+    """A model in Codex's catalogue: it refuses the whole list if a member is missing."""
+    name = str(entry.get("display_name") or entry["id"])
+    efforts = _member(entry, "capabilities", "effort")
+    levels = [e for e in _CODEX_EFFORTS if e != "xhigh" or _member(efforts, e).get("supported")]
+    return {
+        "slug": entry["id"],
+        "display_name": name,
+        "description": f"{name} by claude_shim",
+        "base_instructions": _CODEX_INSTRUCTIONS,
+        "default_reasoning_level": "medium",
+        "supported_reasoning_levels": [
+            {"effort": effort, "description": _CODEX_EFFORTS[effort]} for effort in levels
+        ],
+        "supports_reasoning_summaries": True,
+        "shell_type": "shell_command",
+        "apply_patch_tool_type": "freeform",
+        "experimental_supported_tools": [],
+        "supports_parallel_tool_calls": True,
+        "support_verbosity": False,
+        "visibility": "list",
+        "supported_in_api": True,
+        "priority": number,
+        "context_window": _limit(entry, "max_input_tokens", 200_000),
+        "truncation_policy": {"mode": "tokens", "limit": 10_000},
+        "input_modalities": ["text", "image"],
     }
 
 
@@ -1297,6 +1368,11 @@ def _constrained_member(keyword: str, value: Any, gone: List[str]) -> Any:
 class Draft:
     """A Messages request in the making, and what its answer needs to know of the question."""
 
+    json_object = False  # a code fence around the whole answer is not part of the JSON
+    json_schema = False
+    explicit_cache = False  # the client marks what is to be cached
+    annotated = False  # citations may come: their offsets count every character
+
     def __init__(self, model: str, recall: Optional[Callable[[str], List[JSON]]] = None) -> None:
         self.request: JSON = {"model": model}
         self.system: List[JSON] = []
@@ -1445,6 +1521,504 @@ def _results_first(blocks: List[JSON], calls: Dict[str, str]) -> List[JSON]:
 def _stray_result(block: JSON) -> List[JSON]:
     content = block.get("content")
     return text_block(content) if isinstance(content, str) else list(content or ())
+
+
+# --- what OpenAI's two APIs share: parts and messages
+
+Handler = Callable[[Draft, Any, str], None]  # the value, and the name of the field
+DraftType = TypeVar("DraftType", bound=Draft)
+
+
+def content_blocks(draft: Draft, content: Any, path: str) -> List[JSON]:
+    """Return the content blocks of a message's `content`: a string, parts or null."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return text_block(content)
+    parts = enumerate(as_list(content, path))
+    return [b for number, part in parts for b in _part(draft, part, f"{path}.{number}")]
+
+
+def _part(draft: Draft, part: Any, path: str) -> List[JSON]:
+    part = {"type": "text", "text": part} if isinstance(part, str) else as_object(part, path)
+    type_ = part.get("type", "text")
+    convert = PARTS.get(type_) if isinstance(type_, str) else None
+    if convert is None:
+        known = ", ".join(PARTS)
+        raise RequestError(f"unknown part; expected one of {known}", param=f"{path}.type")
+    if not isinstance(part.get("cache_control"), dict) or not part["cache_control"]:
+        part = {name: value for name, value in part.items() if name != "cache_control"}
+    return marked(convert(draft, part, path), part)
+
+
+def marked(blocks: List[JSON], source: JSON) -> List[JSON]:
+    """Return `blocks`, the last with the cache mark that `source` has in either dialect."""
+    mark = source.get("cache_control")
+    breakpoint_ = source.get("prompt_cache_breakpoint")
+    if mark is None and isinstance(breakpoint_, dict):
+        mark = {"type": "ephemeral", "ttl": "1h" if breakpoint_.get("ttl") == "12h" else "5m"}
+    if not blocks or not mark or not isinstance(mark, dict) or "cache_control" in blocks[-1]:
+        return blocks
+    return [*blocks[:-1], {**blocks[-1], "cache_control": mark}]
+
+
+def _text_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    return text_block(as_text(part.get("text"), f"{path}.text"))
+
+
+def _refusal_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    return text_block(as_text(part.get("refusal"), f"{path}.refusal"))
+
+
+def _image_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, dict) else image
+    return [image_block(as_text(url, f"{path}.image_url.url"), f"{path}.image_url.url")]
+
+
+def _file_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    file = part["file"] if isinstance(part.get("file"), dict) else part
+    content = file.get("file_data") or file.get("file_url")
+    if isinstance(content, str):
+        return [document_block(content, file.get("filename"), f"{path}.file.file_data")]
+    missing = "file_data" if file.get("file_id") is None else "file_id"
+    file_id = as_text(file.get("file_id"), f"{path}.file.{missing}")
+    if not file_id.startswith("file_"):
+        message = "no such file here: send file_data, or an id from Anthropic's POST /v1/files"
+        raise RequestError(message, param=f"{path}.file.file_id")
+    return [{"type": "document", "source": {"type": "file", "file_id": file_id}}]
+
+
+def _audio_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    raise RequestError("Claude does not hear audio; send a transcript", param=path)
+
+
+def _video_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    raise RequestError("Claude does not watch video; send images of it", param=path)
+
+
+def _native_part(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    """A block in Anthropic's own shape, as Cursor sends for names with "claude-"."""
+    block = dict(part)
+    if isinstance(block.get("citations"), dict):
+        draft.annotated = True
+    return [block]
+
+
+def _native_call(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    name = draft.tool_name(as_text(part.get("name"), f"{path}.name"))
+    id = safe_name(as_text(part.get("id"), f"{path}.id"))
+    return [{**part, "id": id, "name": name, "input": tool_input(part.get("input"))}]
+
+
+def _native_result(draft: Draft, part: JSON, path: str) -> List[JSON]:
+    id = safe_name(as_text(part.get("tool_use_id"), f"{path}.tool_use_id"))
+    block = {**part, "tool_use_id": id}
+    if not isinstance(part.get("content"), (str, type(None))):
+        block["content"] = content_blocks(draft, part["content"], f"{path}.content")
+    return [block]
+
+
+PARTS: Dict[str, Callable[[Draft, JSON, str], List[JSON]]] = {
+    "text": _text_part,
+    "image_url": _image_part,
+    "file": _file_part,
+    "refusal": _refusal_part,
+    "input_text": _text_part,
+    "output_text": _text_part,
+    "input_image": _image_part,
+    "input_file": _file_part,
+    "input_audio": _audio_part,
+    "video_url": _video_part,
+    "image": _native_part,
+    "document": _native_part,
+    "search_result": _native_part,
+    "thinking": _native_part,
+    "redacted_thinking": _native_part,
+    "server_tool_use": _native_part,
+    "web_search_tool_result": _native_part,
+    "web_fetch_tool_result": _native_part,
+    "container_upload": _native_part,
+    "tool_use": _native_call,
+    "tool_result": _native_result,
+}
+
+
+def system_message(draft: Draft, message: JSON, path: str) -> None:
+    """Add a system or developer message: to `system`, in its place when turns came before it."""
+    content = message.get("content")
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        if any(block["type"] != "text" for block in _part(draft, part, f"{path}.content")):
+            where = f"{path}.content.{number}"
+            raise RequestError("a system message holds text only", param=where)
+    blocks = marked(content_blocks(draft, content, f"{path}.content"), message)
+    if draft.turns:
+        draft.turns.append(("system", blocks))
+    else:
+        draft.system.extend(blocks)
+
+
+def user_message(draft: Draft, message: JSON, path: str) -> None:
+    """Add a message of the user, with the name that it may carry."""
+    blocks = content_blocks(draft, message.get("content"), f"{path}.content")
+    name = message.get("name")
+    if isinstance(name, str) and name and blocks and blocks[0]["type"] == "text":
+        blocks[0] = {**blocks[0], "text": f"{name}: {blocks[0]['text']}"}
+    draft.turns.append(("user", marked(blocks, message)))
+
+
+def tool_result(draft: Draft, id: str, content: Any, path: str) -> JSON:
+    """Return the block that answers the call `id`, from a string, parts or null."""
+    if isinstance(content, str):
+        given: Any = content if content.strip() else None
+    else:
+        given = content_blocks(draft, content, path)
+    block: JSON = {"type": "tool_result", "tool_use_id": safe_name(id or "call")}
+    return {**block, "content": given} if given else block
+
+
+# --- what OpenAI's two APIs share: tools
+
+
+def instructions(draft: Draft, value: Any, path: str) -> None:
+    """Add the first block of `system`."""
+    draft.system.extend(text_block(as_text(value, path)))
+
+
+def add_openai_tool(draft: Draft, tool: JSON, path: str) -> None:
+    """Add one tool: a function or a custom tool, nested or flat, or one in Anthropic's shape."""
+    function = flat_tool(tool)
+    path = f"{path}.{tool['type']}" if isinstance(_inner(tool), dict) else path
+    if is_server_tool(tool):
+        as_text(tool.get("name", ""), f"{path}.name")
+        draft.annotated = True
+        draft.add_tool(dict(tool))
+    elif tool.get("type") == "custom" and "input_schema" not in function:
+        draft.add_tool(marked([_custom_tool(draft, function, path)], function)[0])
+    else:
+        draft.add_tool(marked([function_tool(draft, function, path)], function)[0])
+
+
+def flat_tool(tool: JSON) -> JSON:
+    """Return a tool, or a choice of one, with what stands under the name of its type beside it."""
+    inner = _inner(tool)
+    return {**tool, **inner} if isinstance(inner, dict) else tool
+
+
+def _inner(tool: JSON) -> Any:
+    """What a tool, or a choice of one, holds under the name of its type."""
+    type_ = tool.get("type")
+    return tool.get(type_) if isinstance(type_, str) else None
+
+
+def is_server_tool(tool: JSON) -> bool:
+    """Return whether this is one of Anthropic's: a date in its type, or a set of tools."""
+    type_ = tool.get("type")
+    return isinstance(type_, str) and bool(re.search(r"_20\d{6}$|^mcp_toolset$", type_))
+
+
+_NATIVE_TOOL_FIELDS = (
+    "input_examples",
+    "defer_loading",
+    "eager_input_streaming",
+    "allowed_callers",
+)
+
+
+def function_tool(draft: Draft, function: JSON, path: str) -> JSON:
+    """Return the tool that a function is, its name and schema made acceptable."""
+    name = as_text(function.get("name"), f"{path}.name")
+    schema = function.get("input_schema", function.get("parameters"))
+    tool: JSON = {"name": draft.tool_name(name)}
+    tool.update({k: function[k] for k in _NATIVE_TOOL_FIELDS if k in function})
+    if isinstance(function.get("description"), str) and function["description"]:
+        tool["description"] = function["description"]
+    tool["input_schema"] = tool_schema(schema, f"{path}.parameters")
+    if function.get("strict") is True:
+        tool["input_schema"], gone = output_schema(tool["input_schema"], path)
+        tool["strict"] = True
+        for keyword in gone:
+            draft.ignore(f"{path}.{keyword}")
+    return tool
+
+
+def _custom_tool(draft: Draft, tool: JSON, path: str) -> JSON:
+    """A tool of free text: Claude fills one string, the grammar goes into the description."""
+    name = as_text(tool.get("name"), f"{path}.name")
+    draft.custom_tools.append(name)
+    format = tool.get("format")
+    grammar = format.get("grammar", format) if isinstance(format, dict) else {}
+    description = str(tool.get("description") or "")
+    if isinstance(grammar, dict) and grammar.get("definition"):
+        syntax = grammar.get("syntax", "")
+        description += f"\n\nThe input must fit this {syntax} grammar:\n{grammar['definition']}"
+    return {
+        "name": draft.tool_name(name),
+        "description": description.strip() or name,
+        "input_schema": {
+            "type": "object",
+            "properties": {"input": {"type": "string"}},
+            "required": ["input"],
+        },
+    }
+
+
+_CHOICES = {"none": "none", "auto": "auto", "required": "any", "any": "any"}
+
+
+def tool_choice(draft: Draft, value: Any, path: str) -> None:
+    """Set which tools the model may or must call, from any of the dialects."""
+    if isinstance(value, str):
+        if value not in _CHOICES:
+            raise RequestError("expected none, auto, required or a tool", param=path)
+        draft.require_tools({"type": _CHOICES[value]})
+        return
+    choice = as_object(value, path)
+    if choice.get("type") == "allowed_tools":
+        _allowed_tools(draft, choice, path)
+        return
+    if choice.get("type") in ("auto", "any", "none"):
+        draft.require_tools({"type": choice["type"]})
+    if choice.get("disable_parallel_tool_use") is True:
+        parallel_tool_calls(draft, False, path)
+    if choice.get("type") not in ("auto", "any", "none"):
+        nested = isinstance(_inner(choice), dict)
+        where = f"{path}.{choice['type']}.name" if nested else f"{path}.name"
+        name = as_text(_chosen_name(choice), where)
+        tools = draft.request.get("tools", ())
+        if tools and all(tool.get("name") != safe_name(name) for tool in tools):
+            raise RequestError(f"there is no tool {name!r}", param=where)
+        draft.require_tools({"type": "tool", "name": draft.tool_name(name)})
+
+
+def _chosen_name(choice: JSON) -> Any:
+    inner = _inner(choice)
+    return (inner if isinstance(inner, dict) else choice).get("name")
+
+
+def _allowed_tools(draft: Draft, choice: JSON, path: str) -> None:
+    allowed = choice.get("allowed_tools")
+    allowed = allowed if isinstance(allowed, dict) else choice
+    tools = as_list(allowed.get("tools"), f"{path}.allowed_tools.tools")
+    names = {safe_name(str(_chosen_name(tool))) for tool in tools if isinstance(tool, dict)}
+    kept = [tool for tool in draft.request.get("tools", ()) if tool.get("name") in names]
+    if not kept:
+        raise RequestError("none of these tools is given", param=f"{path}.allowed_tools.tools")
+    draft.request["tools"] = kept
+    draft.require_tools({"type": "any" if allowed.get("mode") == "required" else "auto"})
+
+
+def parallel_tool_calls(draft: Draft, value: Any, path: str) -> None:
+    """Allow one call at a time only, if `value` is false."""
+    choice = draft.request.get("tool_choice", {"type": "auto"})
+    if not as_boolean(value, path) and choice["type"] != "none":
+        draft.request["tool_choice"] = {**choice, "disable_parallel_tool_use": True}
+
+
+def web_search(draft: Draft, value: Any, path: str) -> None:
+    """Add Anthropic's web search, with the place and the domains that OpenAI's options name."""
+    options = as_object(value, path)
+    tool: JSON = {"type": "web_search_20250305", "name": "web_search"}
+    location = options.get("user_location")
+    if isinstance(location, dict):
+        place = location.get("approximate")
+        place = place if isinstance(place, dict) else location
+        fields = ("city", "region", "country", "timezone")
+        known = {name: place[name] for name in fields if isinstance(place.get(name), str)}
+        tool["user_location"] = {"type": "approximate", **known}
+    domains = object_or_empty(options.get("filters")).get("allowed_domains")
+    if domains:
+        tool["allowed_domains"] = as_list(domains, f"{path}.filters.allowed_domains")
+    if options.get("search_context_size") not in (None, "medium"):
+        draft.ignore(f"{path}.search_context_size")
+    draft.annotated = True
+    draft.add_tool(tool)
+
+
+# --- what OpenAI's two APIs share: fields
+
+
+def copied(check: Callable[[Any, str], Any]) -> Handler:
+    """Return what copies a field that Anthropic takes by the same name, its type checked."""
+
+    def copy(draft: Draft, value: Any, path: str) -> None:
+        draft.request[path] = check(value, path)
+
+    return copy
+
+
+def _cache_control(draft: Draft, value: Any, path: str) -> None:
+    if as_object(value, path):
+        draft.request[path] = value
+
+
+def _text_or_object(value: Any, path: str) -> Any:
+    return value if isinstance(value, str) else as_object(value, path)
+
+
+def _max_tokens(draft: Draft, value: Any, path: str) -> None:
+    limit = as_positive_integer(value, path)
+    draft.request.setdefault("max_tokens", limit)
+
+
+def _temperature(draft: Draft, value: Any, path: str) -> None:
+    draft.request["temperature"] = max(0, min(1, as_number(value, path)))
+
+
+def _top_p(draft: Draft, value: Any, path: str) -> None:
+    if as_number(value, path) != 1:
+        draft.request["top_p"] = value
+
+
+def output_format(draft: Draft, value: Any, path: str) -> None:
+    """Ask for JSON: by a schema, constrained, or by an instruction."""
+    format = as_object(value, path)
+    if format.get("type") == "json_object":
+        draft.json_object = True
+        text = "Answer with one JSON object and nothing else: no other text, no code fence."
+        draft.system.append({"type": "text", "text": text})
+    elif format.get("type") == "json_schema":
+        nested = "json_schema" in format
+        where = f"{path}.json_schema" if nested else path
+        _json_schema(draft, as_object(format["json_schema"] if nested else format, where), where)
+    elif format.get("type") != "text":
+        message = "expected text, json_object or json_schema"
+        raise RequestError(message, param=f"{path}.type")
+
+
+def _json_schema(draft: Draft, format: JSON, path: str) -> None:
+    schema, gone = output_schema(format.get("schema"), f"{path}.schema")
+    for keyword in gone:
+        draft.ignore(f"{path.partition('.json_schema')[0]}.{keyword}")
+    if format.get("description"):
+        draft.ignore(f"{path}.description")
+    draft.json_schema = True
+    _output_config(draft, {"format": {"type": "json_schema", "schema": schema}}, "output_config")
+
+
+def _output_config(draft: Draft, value: Any, path: str) -> None:
+    config = as_object(value, path)
+    if config.get("effort") is not None:
+        as_text(config["effort"], f"{path}.effort")
+    if config.get("format") is not None:
+        as_object(config["format"], f"{path}.format")
+    draft.request["output_config"] = {**draft.request.get("output_config", {}), **config}
+
+
+_EFFORTS = {
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "xhigh",
+    "max": "max",
+}
+
+
+def reasoning_effort(draft: Draft, value: Any, path: str) -> None:
+    """Set effort and thinking; thoughts are shown unless `thinking` is set already."""
+    effort = as_text(value, path)
+    if effort == "none":
+        draft.request["thinking"] = {"type": "disabled"}
+        return
+    if effort in _EFFORTS:
+        _output_config(draft, {"effort": _EFFORTS[effort]}, path)
+    else:
+        draft.ignore(path)
+    draft.request.setdefault("thinking", dict(SHOWN_THINKING))
+
+
+SHOWN_THINKING = {"type": "adaptive", "display": "summarized"}
+
+
+def _thinking(draft: Draft, value: Any, path: str) -> None:
+    thinking = as_object(value, path)
+    as_text(thinking.get("type"), f"{path}.type")
+    draft.request["thinking"] = dict(thinking)
+    if thinking.get("budget_tokens") is not None:
+        budget = as_positive_integer(thinking["budget_tokens"], f"{path}.budget_tokens")
+        draft.request["thinking"]["budget_tokens"] = budget
+
+
+def _user(draft: Draft, value: Any, path: str) -> None:
+    """Anthropic wants an opaque id here, and no address."""
+    id = as_text(value, path)
+    if "@" in id or len(id) > 256:
+        id = hashlib.sha256(id.encode("utf-8", "replace")).hexdigest()
+    draft.request.setdefault("metadata", {"user_id": id})
+
+
+def _prompt_cache_options(draft: Draft, value: Any, path: str) -> None:
+    draft.explicit_cache = as_object(value, path).get("mode") == "explicit"
+
+
+def _betas(draft: Draft, value: Any, path: str) -> None:
+    names = value.split(",") if isinstance(value, str) else as_list(value, path)
+    for name in names:
+        if not re.fullmatch(r"\s*[A-Za-z0-9._-]+\s*", as_text(name, path)):
+            raise RequestError("not the name of a beta", param=path)
+        draft.betas.append(name.strip())
+
+
+def _seen_elsewhere(draft: Draft, value: Any, path: str) -> None:
+    """`model` and `stream` are read before the conversion."""
+
+
+# Field -> what becomes of it, and how; for both APIs. What comes first wins.
+SHARED_FIELDS: Dict[str, Tuple[str, Handler]] = {
+    "model": ("`model`, by alias or as it is", _seen_elsewhere),
+    "stream": ("stream or one answer; upstream is always streamed", _seen_elsewhere),
+    "max_output_tokens": ("`max_tokens`; without it, all that the model has", _max_tokens),
+    "max_tokens": ("the same; without it, all that the model has", _max_tokens),
+    "temperature": ("the same, at most 1; left out where the model refuses it", _temperature),
+    "top_p": ("the same; left out where the model refuses it", _top_p),
+    "top_k": ("the same; left out where the model refuses it", copied(as_positive_integer)),
+    "tool_choice": ("`tool_choice`; a request in words where forcing is refused", tool_choice),
+    "parallel_tool_calls": ("`disable_parallel_tool_use`", parallel_tool_calls),
+    "output_config": ("the same", _output_config),
+    "thinking": ("the same, as far as the model takes it", _thinking),
+    "safety_identifier": ("`metadata.user_id`, hashed if it is an address", _user),
+    "user": ("`metadata.user_id`, hashed if it is an address", _user),
+    "prompt_cache_options": (
+        "explicit: only the parts marked by the client are cached",
+        _prompt_cache_options,
+    ),
+    "cache_control": ("the same", _cache_control),
+    "container": ("the same", copied(_text_or_object)),
+    "mcp_servers": ("the same", copied(as_list)),
+    "betas": ("header `anthropic-beta`", _betas),
+    "anthropic_beta": ("header `anthropic-beta`", _betas),
+}
+
+
+_ASKS_FOR_NOTHING: Tuple[Any, ...] = (None, False, 0, "", "auto", "default")
+
+
+def _asks(field: str, value: Any) -> bool:
+    if field == "seed":
+        return value is not None
+    return bool(value) and value not in _ASKS_FOR_NOTHING
+
+
+def read_fields(
+    draft: DraftType,
+    body: JSON,
+    mapped: Dict[str, Tuple[str, Callable[[DraftType, Any, str], None]]],
+    rejected: Dict[str, Tuple[str, Callable[[Any], bool]]],
+) -> None:
+    """Take the mapped fields, in the order of their table, into `draft`; note others as ignored.
+
+    RequestError, with the reason, if a value of `rejected` is used.
+    """
+    for field, (reason, used) in rejected.items():
+        if used(body.get(field)):
+            raise RequestError(reason, param=field)
+    for field, (_, read) in mapped.items():
+        if body.get(field) is not None:
+            read(draft, body[field], field)
+    for field in body:
+        if field not in mapped and field not in rejected and _asks(field, body[field]):
+            draft.ignore(field)
 
 
 # --- the rules of a model
@@ -1802,6 +2376,11 @@ def token_count(usage: JSON, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
+def thinking_token_count(usage: JSON) -> int:
+    """Return how many of the output tokens were thinking; 0 when it is not told."""
+    return token_count(object_or_empty(usage.get("output_tokens_details")), "thinking_tokens")
+
+
 def input_token_total(usage: JSON) -> int:
     """Return all input tokens: the uncached rest, what the cache gave and what went into it."""
     names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
@@ -1829,7 +2408,11 @@ class EventSink:
     """
 
     complete = False  # message_stop was seen: nothing is missing
-    heartbeat = b""
+
+    @property
+    def heartbeat(self) -> bytes:
+        """Bytes that fill a silence without a meaning of their own."""
+        return b""
 
     @property
     def takes_text(self) -> bool:
@@ -1862,6 +2445,7 @@ class MessageAssembler(EventSink):
     def __init__(self) -> None:
         self.message: Optional[JSON] = None
         self._pieces: List[str] = []
+        self._raw: List[bytes] = []  # pieces that come after those, in JSON
         self._in_text = False
 
     @property
@@ -1872,7 +2456,13 @@ class MessageAssembler(EventSink):
     @property
     def open_text(self) -> str:
         """The text of the open block so far, without what its start held."""
+        self._settle()
         return "".join(self._pieces)
+
+    def _settle(self) -> None:
+        if self._raw:
+            self._pieces.append(json.loads(b'"%b"' % b"".join(self._raw)))
+            self._raw = []
 
     @property
     def _blocks(self) -> List[JSON]:
@@ -1880,7 +2470,7 @@ class MessageAssembler(EventSink):
 
     def feed_text(self, texts: List[bytes]) -> bytes:
         """Add the texts to the open block."""
-        self._pieces.append(json.loads(b'"%b"' % b"".join(texts)))
+        self._raw += texts
         return b""
 
     def _on_message_start(self, event: JSON) -> bytes:
@@ -1892,7 +2482,7 @@ class MessageAssembler(EventSink):
     def _on_content_block_start(self, event: JSON) -> bytes:
         block = dict(object_or_empty(event.get("content_block")))
         self._blocks.append(block)
-        self._pieces = []
+        self._pieces, self._raw = [], []
         self._in_text = block.get("type") == "text" and self.message is not None
         return b""
 
@@ -1908,13 +2498,14 @@ class MessageAssembler(EventSink):
         elif delta.get("type") == "signature_delta":
             block["signature"] = delta.get("signature")
         else:
+            self._settle()
             self._pieces.append(delta_text(delta))
         return b""
 
     def _on_content_block_stop(self, event: JSON) -> bytes:
         if not self._blocks:
             return b""
-        block, text = self._blocks[-1], "".join(self._pieces)
+        block, text = self._blocks[-1], self.open_text
         self._pieces, self._in_text = [], False
         if "input" in block:
             block.update(_parsed_input(text, block["input"]))
@@ -2131,6 +2722,95 @@ def _summed_usage(one: JSON, other: JSON) -> JSON:
     return total
 
 
+# --- what OpenAI's two APIs share: answers
+
+
+DECLINED = "The model declined to answer."
+
+
+def refusal_text(message: JSON) -> str:
+    """Return upstream's explanation of a refusal, or a plain sentence when it gives none."""
+    details = message.get("stop_details")
+    explanation = details.get("explanation") if isinstance(details, dict) else None
+    return explanation if isinstance(explanation, str) and explanation else DECLINED
+
+
+def custom_input(block: JSON) -> str:
+    """Return the free text that a custom tool is called with."""
+    given = block.get("input")
+    text = given.get("input") if isinstance(given, dict) else None
+    return text if isinstance(text, str) else str(block.get("partial_json") or "")
+
+
+def url_citations(blocks: Iterable[JSON]) -> List[JSON]:
+    """Return the web citations of text blocks; offsets count code points of the joined text."""
+    found: List[JSON] = []
+    start = 0
+    for block in blocks:
+        if block.get("type") != "text":
+            continue
+        end = start + len(str(block.get("text", "")))
+        for citation in block.get("citations") or ():
+            url = _cited_url(citation)
+            if url:
+                title = str(citation.get("title") or url)
+                found.append({"start_index": start, "end_index": end, "title": title, "url": url})
+        start = end
+    return found
+
+
+def _cited_url(citation: Any) -> str:
+    url = citation.get("url") or citation.get("source") if isinstance(citation, dict) else None
+    return url if isinstance(url, str) else ""
+
+
+class Unfenced:
+    """Takes one Markdown code fence away that encloses a whole text: `feed` pieces, then `end`.
+
+    The one place where the model's words are touched: a client that asked for a JSON object cannot
+    parse the fence that models like to put around it.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._opened: Optional[bool] = None  # None until the start is known
+
+    def whole(self, text: str) -> List[str]:
+        """Return the pieces of a text that is there at once."""
+        return [self.feed(text), self.end()]
+
+    def feed(self, piece: str) -> str:
+        """Return what is certain to stay."""
+        self._held += piece
+        if self._opened is None and not self._start_known():
+            return ""
+        if not self._opened:
+            return self._taken(len(self._held))
+        tail = re.search(r"\s*`{0,3}\s*\Z", self._held)
+        return self._taken(tail.start() if tail else len(self._held))
+
+    def end(self) -> str:
+        """Return what was held back and stays after all."""
+        if self._opened:
+            return re.sub(r"\s*```\s*\Z", "", self._held)
+        return self._held
+
+    def _start_known(self) -> bool:
+        start = self._held.lstrip()
+        if len(start) < 3 and "```".startswith(start):
+            return False
+        if not start.startswith("```"):
+            self._opened = False
+        elif "\n" in start:
+            self._opened = True
+            self._held = start.partition("\n")[2]
+        return self._opened is not None
+
+    def _taken(self, end: int) -> str:
+        taken, self._held = self._held[:end], self._held[end:]
+        return taken
+
+
 # ----------------------------------------------------------------------
 # 6. Chat Completions <-> Messages                       uses: 0 1 2 4 5
 # ----------------------------------------------------------------------
@@ -2145,158 +2825,18 @@ class ChatDraft(Draft):
     """A request from a chat completion, with what its answer must look like."""
 
     legacy = False  # the client knows `function_call`, not `tool_calls`
-    json_object = False  # a code fence around the whole answer is not part of the JSON
-    json_schema = False
     include_usage = False
-    explicit_cache = False  # the client marks what is to be cached
-    annotated = False  # citations may come: their offsets count every character
     n = 1
 
 
 # --- content
 
 
-def chat_content(draft: ChatDraft, content: Any, path: str) -> List[JSON]:
-    """Return the content blocks of a chat message's `content`: a string, parts or null."""
-    if content is None:
-        return []
-    if isinstance(content, str):
-        return text_block(content)
-    parts = enumerate(as_list(content, path))
-    return [b for number, part in parts for b in _chat_part(draft, part, f"{path}.{number}")]
-
-
-def _chat_part(draft: ChatDraft, part: Any, path: str) -> List[JSON]:
-    part = {"type": "text", "text": part} if isinstance(part, str) else as_object(part, path)
-    type_ = part.get("type", "text")
-    convert = CHAT_PARTS.get(type_) if isinstance(type_, str) else None
-    if convert is None:
-        known = ", ".join(CHAT_PARTS)
-        raise RequestError(f"unknown part; expected one of {known}", param=f"{path}.type")
-    if not isinstance(part.get("cache_control"), dict) or not part["cache_control"]:
-        part = {name: value for name, value in part.items() if name != "cache_control"}
-    return _marked(convert(draft, part, path), part)
-
-
-def _marked(blocks: List[JSON], source: JSON) -> List[JSON]:
-    """Carry a cache mark, in either dialect, to the last of the blocks made from `source`."""
-    mark = source.get("cache_control")
-    breakpoint_ = source.get("prompt_cache_breakpoint")
-    if mark is None and isinstance(breakpoint_, dict):
-        mark = {"type": "ephemeral", "ttl": "1h" if breakpoint_.get("ttl") == "12h" else "5m"}
-    if not blocks or not mark or not isinstance(mark, dict) or "cache_control" in blocks[-1]:
-        return blocks
-    return [*blocks[:-1], {**blocks[-1], "cache_control": mark}]
-
-
-def _text_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    return text_block(as_text(part.get("text"), f"{path}.text"))
-
-
-def _refusal_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    return text_block(as_text(part.get("refusal"), f"{path}.refusal"))
-
-
-def _image_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    image = part.get("image_url")
-    url = image.get("url") if isinstance(image, dict) else image
-    return [image_block(as_text(url, f"{path}.image_url.url"), f"{path}.image_url.url")]
-
-
-def _file_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    file = part["file"] if isinstance(part.get("file"), dict) else part
-    content = file.get("file_data") or file.get("file_url")
-    if isinstance(content, str):
-        return [document_block(content, file.get("filename"), f"{path}.file.file_data")]
-    missing = "file_data" if file.get("file_id") is None else "file_id"
-    file_id = as_text(file.get("file_id"), f"{path}.file.{missing}")
-    if not file_id.startswith("file_"):
-        message = "no such file here: send file_data, or an id from Anthropic's POST /v1/files"
-        raise RequestError(message, param=f"{path}.file.file_id")
-    return [{"type": "document", "source": {"type": "file", "file_id": file_id}}]
-
-
-def _audio_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    raise RequestError("Claude does not hear audio; send a transcript", param=path)
-
-
-def _video_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    raise RequestError("Claude does not watch video; send images of it", param=path)
-
-
-def _native_part(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    """A block in Anthropic's own shape, as Cursor sends for names with "claude-"."""
-    block = dict(part)
-    if isinstance(block.get("citations"), dict):
-        draft.annotated = True
-    return [block]
-
-
-def _native_call(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    name = draft.tool_name(as_text(part.get("name"), f"{path}.name"))
-    id = safe_name(as_text(part.get("id"), f"{path}.id"))
-    return [{**part, "id": id, "name": name, "input": tool_input(part.get("input"))}]
-
-
-def _native_result(draft: ChatDraft, part: JSON, path: str) -> List[JSON]:
-    id = safe_name(as_text(part.get("tool_use_id"), f"{path}.tool_use_id"))
-    block = {**part, "tool_use_id": id}
-    if not isinstance(part.get("content"), (str, type(None))):
-        block["content"] = chat_content(draft, part["content"], f"{path}.content")
-    return [block]
-
-
-CHAT_PARTS: Dict[str, Callable[[ChatDraft, JSON, str], List[JSON]]] = {
-    "text": _text_part,
-    "image_url": _image_part,
-    "file": _file_part,
-    "refusal": _refusal_part,
-    "input_text": _text_part,
-    "output_text": _text_part,
-    "input_image": _image_part,
-    "input_file": _file_part,
-    "input_audio": _audio_part,
-    "video_url": _video_part,
-    "image": _native_part,
-    "document": _native_part,
-    "search_result": _native_part,
-    "thinking": _native_part,
-    "redacted_thinking": _native_part,
-    "server_tool_use": _native_part,
-    "web_search_tool_result": _native_part,
-    "web_fetch_tool_result": _native_part,
-    "container_upload": _native_part,
-    "tool_use": _native_call,
-    "tool_result": _native_result,
-}
-
-
 # --- messages
 
 
-def _system_message(draft: ChatDraft, message: JSON, path: str) -> None:
-    content = message.get("content")
-    for number, part in enumerate(content if isinstance(content, list) else ()):
-        if any(block["type"] != "text" for block in _chat_part(draft, part, f"{path}.content")):
-            where = f"{path}.content.{number}"
-            raise RequestError("a system message holds text only", param=where)
-    blocks = _marked(chat_content(draft, content, f"{path}.content"), message)
-    if draft.turns:
-        draft.turns.append(("system", blocks))
-    else:
-        draft.system.extend(blocks)
-
-
-def _user_message(draft: ChatDraft, message: JSON, path: str) -> None:
-    blocks = chat_content(draft, message.get("content"), f"{path}.content")
-    name = message.get("name")
-    if isinstance(name, str) and name and blocks and blocks[0]["type"] == "text":
-        blocks[0] = {**blocks[0], "text": f"{name}: {blocks[0]['text']}"}
-    draft.turns.append(("user", _marked(blocks, message)))
-
-
 def _assistant_message(draft: ChatDraft, message: JSON, path: str) -> None:
-    blocks = chat_content(draft, message.get("content"), f"{path}.content")
+    blocks = content_blocks(draft, message.get("content"), f"{path}.content")
     refusal = message.get("refusal")
     if isinstance(refusal, str):
         blocks.extend(text_block(refusal))
@@ -2307,10 +2847,10 @@ def _assistant_message(draft: ChatDraft, message: JSON, path: str) -> None:
         as_list(calls, f"{path}.tool_calls") if calls is not None else ()
     ):
         where = f"{path}.tool_calls.{number}"
-        blocks.extend(_marked([_tool_use(draft, as_object(call, where), where)], call))
+        blocks.extend(marked([_tool_use(draft, as_object(call, where), where)], call))
     if message.get("function_call") is not None:
         blocks.append(_legacy_call(draft, message["function_call"], f"{path}.function_call"))
-    draft.turns.append(("assistant", _marked(_with_thinking(draft, blocks, message), message)))
+    draft.turns.append(("assistant", marked(_with_thinking(draft, blocks, message), message)))
 
 
 def _with_thinking(draft: ChatDraft, blocks: List[JSON], message: JSON) -> List[JSON]:
@@ -2376,31 +2916,25 @@ def _legacy_call(draft: ChatDraft, call: Any, path: str) -> JSON:
 
 def _tool_message(draft: ChatDraft, message: JSON, path: str) -> None:
     id = as_text(message.get("tool_call_id"), f"{path}.tool_call_id")
-    draft.turns.append(("user", _marked([_tool_result(draft, message, path, id)], message)))
+    block = tool_result(draft, id, message.get("content"), f"{path}.content")
+    if message.get("is_error") is True:
+        block["is_error"] = True
+    draft.turns.append(("user", marked([block], message)))
 
 
 def _function_message(draft: ChatDraft, message: JSON, path: str) -> None:
     name = draft.tool_name(as_text(message.get("name"), f"{path}.name"))
     blocks = (block for _, turn in reversed(draft.turns) for block in turn)
     calls = (b["id"] for b in blocks if b["type"] == "tool_use" and b["name"] == name)
-    draft.turns.append(("user", [_tool_result(draft, message, path, next(calls, "call_fn"))]))
-
-
-def _tool_result(draft: ChatDraft, message: JSON, path: str, id: str) -> JSON:
-    block: JSON = {"type": "tool_result", "tool_use_id": safe_name(id or "call")}
     content = message.get("content")
-    if isinstance(content, str):
-        block.update({"content": content} if content.strip() else {})
-    else:
-        parts = chat_content(draft, content, f"{path}.content")
-        block.update({"content": parts} if parts else {})
-    return {**block, "is_error": True} if message.get("is_error") is True else block
+    block = tool_result(draft, next(calls, "call_fn"), content, f"{path}.content")
+    draft.turns.append(("user", [block]))
 
 
 CHAT_ROLES: Dict[str, Callable[[ChatDraft, JSON, str], None]] = {
-    "system": _system_message,
-    "developer": _system_message,
-    "user": _user_message,
+    "system": system_message,
+    "developer": system_message,
+    "user": user_message,
     "assistant": _assistant_message,
     "tool": _tool_message,
     "function": _function_message,
@@ -2439,203 +2973,33 @@ def _input(draft: ChatDraft, value: Any, path: str) -> None:
     _messages(draft, messages, path)
 
 
-def _instructions(draft: ChatDraft, value: Any, path: str) -> None:
-    draft.system.extend(text_block(as_text(value, path)))
-
-
 # --- tools
 
 
 def _tools(draft: ChatDraft, value: Any, path: str) -> None:
     for number, tool in enumerate(as_list(value, path)):
         where = f"{path}.{number}"
-        tool = as_object(tool, where)
-        inner = _inner(tool)
-        function = {**tool, **inner} if isinstance(inner, dict) else tool
-        where = f"{where}.{tool['type']}" if isinstance(inner, dict) else where
-        if _is_server_tool(tool):
-            as_text(tool.get("name", ""), f"{where}.name")
-            draft.annotated = True
-            draft.add_tool(dict(tool))
-        elif tool.get("type") == "custom" and "input_schema" not in function:
-            draft.add_tool(_marked([_custom_tool(draft, function, where)], function)[0])
-        else:
-            draft.add_tool(_marked([_function_tool(draft, function, where)], function)[0])
-
-
-def _inner(tool: JSON) -> Any:
-    """What a tool, or a choice of one, holds under the name of its type."""
-    type_ = tool.get("type")
-    return tool.get(type_) if isinstance(type_, str) else None
-
-
-def _is_server_tool(tool: JSON) -> bool:
-    """Anthropic's own tools carry a date in their type, or configure a set of tools."""
-    type_ = tool.get("type")
-    return isinstance(type_, str) and bool(re.search(r"_20\d{6}$|^mcp_toolset$", type_))
-
-
-_NATIVE_TOOL_FIELDS = (
-    "input_examples",
-    "defer_loading",
-    "eager_input_streaming",
-    "allowed_callers",
-)
-
-
-def _function_tool(draft: ChatDraft, function: JSON, path: str) -> JSON:
-    name = as_text(function.get("name"), f"{path}.name")
-    schema = function.get("input_schema", function.get("parameters"))
-    tool: JSON = {"name": draft.tool_name(name)}
-    tool.update({k: function[k] for k in _NATIVE_TOOL_FIELDS if k in function})
-    if isinstance(function.get("description"), str) and function["description"]:
-        tool["description"] = function["description"]
-    tool["input_schema"] = tool_schema(schema, f"{path}.parameters")
-    if function.get("strict") is True:
-        tool["input_schema"], gone = output_schema(tool["input_schema"], path)
-        tool["strict"] = True
-        for keyword in gone:
-            draft.ignore(f"{path}.{keyword}")
-    return tool
-
-
-def _custom_tool(draft: ChatDraft, tool: JSON, path: str) -> JSON:
-    """A tool of free text: Claude fills one string, the grammar goes into the description."""
-    name = as_text(tool.get("name"), f"{path}.name")
-    draft.custom_tools.append(name)
-    format = tool.get("format")
-    grammar = format.get("grammar", format) if isinstance(format, dict) else {}
-    description = str(tool.get("description") or "")
-    if isinstance(grammar, dict) and grammar.get("definition"):
-        syntax = grammar.get("syntax", "")
-        description += f"\n\nThe input must fit this {syntax} grammar:\n{grammar['definition']}"
-    return {
-        "name": draft.tool_name(name),
-        "description": description.strip() or name,
-        "input_schema": {
-            "type": "object",
-            "properties": {"input": {"type": "string"}},
-            "required": ["input"],
-        },
-    }
+        add_openai_tool(draft, as_object(tool, where), where)
 
 
 def _functions(draft: ChatDraft, value: Any, path: str) -> None:
     draft.legacy = True
     for number, function in enumerate(as_list(value, path)):
         where = f"{path}.{number}"
-        draft.add_tool(_function_tool(draft, as_object(function, where), where))
-    _parallel_tool_calls(draft, False, path)  # the old answer has room for one call
-
-
-_CHOICES = {"none": "none", "auto": "auto", "required": "any", "any": "any"}
-
-
-def _tool_choice(draft: ChatDraft, value: Any, path: str) -> None:
-    if isinstance(value, str):
-        if value not in _CHOICES:
-            raise RequestError("expected none, auto, required or a tool", param=path)
-        draft.require_tools({"type": _CHOICES[value]})
-        return
-    choice = as_object(value, path)
-    if choice.get("type") == "allowed_tools":
-        _allowed_tools(draft, choice, path)
-        return
-    if choice.get("type") in ("auto", "any", "none"):
-        draft.require_tools({"type": choice["type"]})
-    if choice.get("disable_parallel_tool_use") is True:
-        _parallel_tool_calls(draft, False, path)
-    if choice.get("type") not in ("auto", "any", "none"):
-        nested = isinstance(_inner(choice), dict)
-        where = f"{path}.{choice['type']}.name" if nested else f"{path}.name"
-        name = as_text(_chosen_name(choice), where)
-        tools = draft.request.get("tools", ())
-        if tools and all(tool.get("name") != safe_name(name) for tool in tools):
-            raise RequestError(f"there is no tool {name!r}", param=where)
-        draft.require_tools({"type": "tool", "name": draft.tool_name(name)})
-
-
-def _chosen_name(choice: JSON) -> Any:
-    inner = _inner(choice)
-    return (inner if isinstance(inner, dict) else choice).get("name")
-
-
-def _allowed_tools(draft: ChatDraft, choice: JSON, path: str) -> None:
-    allowed = choice.get("allowed_tools")
-    allowed = allowed if isinstance(allowed, dict) else choice
-    tools = as_list(allowed.get("tools"), f"{path}.allowed_tools.tools")
-    names = {safe_name(str(_chosen_name(tool))) for tool in tools if isinstance(tool, dict)}
-    kept = [tool for tool in draft.request.get("tools", ()) if tool.get("name") in names]
-    if not kept:
-        raise RequestError("none of these tools is given", param=f"{path}.allowed_tools.tools")
-    draft.request["tools"] = kept
-    draft.require_tools({"type": "any" if allowed.get("mode") == "required" else "auto"})
+        draft.add_tool(function_tool(draft, as_object(function, where), where))
+    parallel_tool_calls(draft, False, path)  # the old answer has room for one call
 
 
 def _function_call(draft: ChatDraft, value: Any, path: str) -> None:
     draft.legacy = True
     if isinstance(value, str):
-        _tool_choice(draft, value, path)
+        tool_choice(draft, value, path)
     else:
         named = {**as_object(value, path), "type": "function"}
-        _tool_choice(draft, named, path)
-
-
-def _parallel_tool_calls(draft: ChatDraft, value: Any, path: str) -> None:
-    choice = draft.request.get("tool_choice", {"type": "auto"})
-    if not as_boolean(value, path) and choice["type"] != "none":
-        draft.request["tool_choice"] = {**choice, "disable_parallel_tool_use": True}
-
-
-def _web_search_options(draft: ChatDraft, value: Any, path: str) -> None:
-    options = as_object(value, path)
-    tool: JSON = {"type": "web_search_20250305", "name": "web_search"}
-    location = options.get("user_location")
-    if isinstance(location, dict):
-        place = location.get("approximate")
-        place = place if isinstance(place, dict) else location
-        fields = ("city", "region", "country", "timezone")
-        known = {name: place[name] for name in fields if isinstance(place.get(name), str)}
-        tool["user_location"] = {"type": "approximate", **known}
-    if options.get("search_context_size") not in (None, "medium"):
-        draft.ignore(f"{path}.search_context_size")
-    draft.annotated = True
-    draft.add_tool(tool)
+        tool_choice(draft, named, path)
 
 
 # --- the other fields
-
-
-def _copied(check: Callable[[Any, str], Any]) -> ChatHandler:
-    """A field that Anthropic takes under the same name, once its type is checked."""
-
-    def copy(draft: ChatDraft, value: Any, path: str) -> None:
-        draft.request[path] = check(value, path)
-
-    return copy
-
-
-def _cache_control(draft: ChatDraft, value: Any, path: str) -> None:
-    if as_object(value, path):
-        draft.request[path] = value
-
-
-def _text_or_object(value: Any, path: str) -> Any:
-    return value if isinstance(value, str) else as_object(value, path)
-
-
-def _max_tokens(draft: ChatDraft, value: Any, path: str) -> None:
-    limit = as_positive_integer(value, path)
-    draft.request.setdefault("max_tokens", limit)
-
-
-def _temperature(draft: ChatDraft, value: Any, path: str) -> None:
-    draft.request["temperature"] = max(0, min(1, as_number(value, path)))
-
-
-def _top_p(draft: ChatDraft, value: Any, path: str) -> None:
-    if as_number(value, path) != 1:
-        draft.request["top_p"] = value
 
 
 def _stop(draft: ChatDraft, value: Any, path: str) -> None:
@@ -2661,154 +3025,42 @@ def _stream_options(draft: ChatDraft, value: Any, path: str) -> None:
     draft.include_usage = as_object(value, path).get("include_usage") is True
 
 
-def _response_format(draft: ChatDraft, value: Any, path: str) -> None:
-    format = as_object(value, path)
-    if format.get("type") == "json_object":
-        draft.json_object = True
-        text = "Answer with one JSON object and nothing else: no other text, no code fence."
-        draft.system.append({"type": "text", "text": text})
-    elif format.get("type") == "json_schema":
-        _json_schema(draft, as_object(format.get("json_schema", format), f"{path}.json_schema"))
-    elif format.get("type") != "text":
-        message = "expected text, json_object or json_schema"
-        raise RequestError(message, param=f"{path}.type")
-
-
-def _json_schema(draft: ChatDraft, format: JSON) -> None:
-    path = "response_format.json_schema.schema"
-    schema, gone = output_schema(format.get("schema"), path)
-    for keyword in gone:
-        draft.ignore(f"response_format.{keyword}")
-    if format.get("description"):
-        draft.ignore("response_format.json_schema.description")
-    draft.json_schema = True
-    _output_config(draft, {"format": {"type": "json_schema", "schema": schema}}, "output_config")
-
-
-def _output_config(draft: ChatDraft, value: Any, path: str) -> None:
-    config = as_object(value, path)
-    if config.get("effort") is not None:
-        as_text(config["effort"], f"{path}.effort")
-    if config.get("format") is not None:
-        as_object(config["format"], f"{path}.format")
-    draft.request["output_config"] = {**draft.request.get("output_config", {}), **config}
-
-
-_EFFORTS = {
-    "minimal": "low",
-    "low": "low",
-    "medium": "medium",
-    "high": "high",
-    "xhigh": "xhigh",
-    "max": "max",
-}
-
-
-def _reasoning_effort(draft: ChatDraft, value: Any, path: str) -> None:
-    effort = as_text(value, path)
-    if effort == "none":
-        draft.request["thinking"] = {"type": "disabled"}
-        return
-    if effort in _EFFORTS:
-        _output_config(draft, {"effort": _EFFORTS[effort]}, path)
-    else:
-        draft.ignore(path)
-    draft.request.setdefault("thinking", dict(_SHOWN_THINKING))
-
-
-_SHOWN_THINKING = {"type": "adaptive", "display": "summarized"}
-
-
 def _reasoning(draft: ChatDraft, value: Any, path: str) -> None:
     """OpenRouter's form: an effort, or a budget of tokens, or just on and off."""
     reasoning = as_object(value, path)
     if reasoning.get("enabled") is False:
-        _reasoning_effort(draft, "none", path)
+        reasoning_effort(draft, "none", path)
     elif reasoning.get("effort") is not None:
-        _reasoning_effort(draft, reasoning["effort"], f"{path}.effort")
+        reasoning_effort(draft, reasoning["effort"], f"{path}.effort")
     elif reasoning.get("max_tokens") is not None:
         budget = as_positive_integer(reasoning["max_tokens"], f"{path}.max_tokens")
         draft.request["thinking"] = {"type": "enabled", "budget_tokens": max(1024, budget)}
     elif reasoning:
-        draft.request["thinking"] = dict(_SHOWN_THINKING)
+        draft.request["thinking"] = dict(SHOWN_THINKING)
     thinking = draft.request.get("thinking", {})
     if reasoning.get("exclude") is True and thinking.get("type") == "adaptive":
         draft.request["thinking"] = {**thinking, "display": "omitted"}
 
 
-def _thinking(draft: ChatDraft, value: Any, path: str) -> None:
-    thinking = as_object(value, path)
-    as_text(thinking.get("type"), f"{path}.type")
-    draft.request["thinking"] = dict(thinking)
-    if thinking.get("budget_tokens") is not None:
-        budget = as_positive_integer(thinking["budget_tokens"], f"{path}.budget_tokens")
-        draft.request["thinking"]["budget_tokens"] = budget
-
-
-def _user(draft: ChatDraft, value: Any, path: str) -> None:
-    """Anthropic wants an opaque id here, and no address."""
-    id = as_text(value, path)
-    if "@" in id or len(id) > 256:
-        id = hashlib.sha256(id.encode("utf-8", "replace")).hexdigest()
-    draft.request.setdefault("metadata", {"user_id": id})
-
-
-def _prompt_cache_options(draft: ChatDraft, value: Any, path: str) -> None:
-    draft.explicit_cache = as_object(value, path).get("mode") == "explicit"
-
-
-def _betas(draft: ChatDraft, value: Any, path: str) -> None:
-    names = value.split(",") if isinstance(value, str) else as_list(value, path)
-    for name in names:
-        if not re.fullmatch(r"\s*[A-Za-z0-9._-]+\s*", as_text(name, path)):
-            raise RequestError("not the name of a beta", param=path)
-        draft.betas.append(name.strip())
-
-
-def _seen_elsewhere(draft: ChatDraft, value: Any, path: str) -> None:
-    """`model` and `stream` are read before the conversion."""
-
-
 # Field -> what becomes of it, and how. The order matters: what comes first wins, and a choice of
 # tools needs the tools.
 CHAT_REQUEST: Dict[str, Tuple[str, ChatHandler]] = {
-    "model": ("`model`, by alias or as it is", _seen_elsewhere),
-    "instructions": ("the first block of `system`, beside `input`", _instructions),
+    "instructions": ("the first block of `system`, beside `input`", instructions),
     "messages": ("`system` and `messages`", _messages),
     "input": ("`messages`, for clients that send Responses items here", _input),
-    "stream": ("stream or one answer; upstream is always streamed", _seen_elsewhere),
     "stream_options": ("`include_usage`: a last chunk with usage", _stream_options),
-    "max_completion_tokens": ("`max_tokens`", _max_tokens),
-    "max_tokens": ("`max_tokens`; without either, all that the model has", _max_tokens),
-    "max_output_tokens": ("`max_tokens`, beside `input`", _max_tokens),
-    "temperature": ("the same, at most 1; left out where the model refuses it", _temperature),
-    "top_p": ("the same; left out where the model refuses it", _top_p),
-    "top_k": ("the same; left out where the model refuses it", _copied(as_positive_integer)),
+    "max_completion_tokens": ("`max_tokens`", SHARED_FIELDS["max_tokens"][1]),
     "stop": ("`stop_sequences`, without blank ones", _stop),
     "n": ("that many requests upstream; only 1 with `stream`", _n),
     "tools": ("`tools`; names and schemas made acceptable", _tools),
     "functions": ("`tools`, answered as `function_call`", _functions),
-    "web_search_options": ("the `web_search` tool, with citations", _web_search_options),
-    "tool_choice": ("`tool_choice`; a request in words where forcing is refused", _tool_choice),
+    "web_search_options": ("the `web_search` tool, with citations", web_search),
     "function_call": ("`tool_choice`", _function_call),
-    "parallel_tool_calls": ("`disable_parallel_tool_use`", _parallel_tool_calls),
-    "response_format": ("`output_config.format`; json_object as an instruction", _response_format),
-    "output_config": ("the same", _output_config),
-    "reasoning_effort": ("`output_config.effort` and `thinking`", _reasoning_effort),
+    "response_format": ("`output_config.format`; json_object as an instruction", output_format),
+    "reasoning_effort": ("`output_config.effort` and `thinking`", reasoning_effort),
     "reasoning": ("`output_config.effort` and `thinking`", _reasoning),
-    "thinking": ("the same, as far as the model takes it", _thinking),
-    "safety_identifier": ("`metadata.user_id`, hashed if it is an address", _user),
-    "user": ("`metadata.user_id`, hashed if it is an address", _user),
-    "prompt_cache_options": (
-        "explicit: only the parts marked by the client are cached",
-        _prompt_cache_options,
-    ),
-    "cache_control": ("the same", _cache_control),
-    "container": ("the same", _copied(_text_or_object)),
-    "context_management": ("the same", _copied(as_object)),
-    "mcp_servers": ("the same", _copied(as_list)),
-    "betas": ("header `anthropic-beta`", _betas),
-    "anthropic_beta": ("header `anthropic-beta`", _betas),
+    "context_management": ("the same", copied(as_object)),
+    **SHARED_FIELDS,
 }
 
 # Field -> why it has no effect. Named in the answer's header x-claude-shim-ignored unless its value
@@ -2830,7 +3082,6 @@ CHAT_IGNORED: Dict[str, str] = {
     "top_logprobs": "Claude does not tell probabilities",
     "verbosity": "say it in the system message",
 }
-_ASKS_FOR_NOTHING: Tuple[Any, ...] = (None, False, 0, "", "auto", "default")
 
 # Field -> why a request that uses it is a 400, and whether a value uses it.
 CHAT_REJECTED: Dict[str, Tuple[str, Callable[[Any], bool]]] = {
@@ -2849,24 +3100,10 @@ def messages_request_from_chat(
     draft = ChatDraft(model, recall)
     if body.get("messages") is None and body.get("input") is None:
         raise RequestError("you must give messages", param="messages")
-    for field, (reason, used) in CHAT_REJECTED.items():
-        if used(body.get(field)):
-            raise RequestError(reason, param=field)
-    given = {field for field, value in body.items() if value is not None}
     if body.get("messages"):
-        given.discard("input")
-    for field in [field for field in CHAT_REQUEST if field in given]:
-        CHAT_REQUEST[field][1](draft, body[field], field)
-    for field in body:
-        if field not in CHAT_REQUEST and field not in CHAT_REJECTED and _asks(field, body[field]):
-            draft.ignore(field)
+        body = {name: value for name, value in body.items() if name != "input"}
+    read_fields(draft, body, CHAT_REQUEST, CHAT_REJECTED)
     return draft
-
-
-def _asks(field: str, value: Any) -> bool:
-    if field == "seed":
-        return value is not None
-    return bool(value) and value not in _ASKS_FOR_NOTHING
 
 
 # --- answers
@@ -2881,8 +3118,6 @@ FINISH_REASONS = {
     "tool_use": "tool_calls",
     "refusal": "content_filter",
 }
-
-DECLINED = "The model declined to answer."
 
 
 class ChatReply(NamedTuple):
@@ -2917,8 +3152,6 @@ def chat_usage(usage: JSON) -> JSON:
     prompt, completion = input_token_total(usage), token_count(usage, "output_tokens")
     read = token_count(usage, "cache_read_input_tokens")
     written = token_count(usage, "cache_creation_input_tokens")
-    details = usage.get("output_tokens_details")
-    thinking = token_count(details, "thinking_tokens") if isinstance(details, dict) else 0
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -2929,7 +3162,7 @@ def chat_usage(usage: JSON) -> JSON:
             "cache_write_tokens": written,
         },
         "completion_tokens_details": {
-            "reasoning_tokens": thinking,
+            "reasoning_tokens": thinking_token_count(usage),
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
@@ -2990,7 +3223,7 @@ def _chat_message(message: JSON, reply: ChatReply) -> JSON:
         answer["content"] = "".join(Unfenced().whole(text))
     if calls and not text:
         answer["content"] = None
-    answer["annotations"] = url_citations(blocks)
+    answer["annotations"] = _annotations(blocks)
     if calls and reply.legacy:
         answer["function_call"] = calls[0]["function"]
     elif calls:
@@ -3001,11 +3234,8 @@ def _chat_message(message: JSON, reply: ChatReply) -> JSON:
     return answer
 
 
-def refusal_text(message: JSON) -> str:
-    """Return upstream's explanation of a refusal, or a plain sentence when it gives none."""
-    details = message.get("stop_details")
-    explanation = details.get("explanation") if isinstance(details, dict) else None
-    return explanation if isinstance(explanation, str) and explanation else DECLINED
+def _annotations(blocks: List[JSON]) -> List[JSON]:
+    return [{"type": "url_citation", "url_citation": place} for place in url_citations(blocks)]
 
 
 def _chat_call(block: JSON, reply: ChatReply) -> JSON:
@@ -3021,89 +3251,12 @@ def _custom_call(id: str, name: str, text: str) -> JSON:
     return {"id": id, "type": "custom", "custom": {"name": name, "input": text}}
 
 
-def custom_input(block: JSON) -> str:
-    """Return the free text that a custom tool is called with."""
-    given = block.get("input")
-    text = given.get("input") if isinstance(given, dict) else None
-    return text if isinstance(text, str) else str(block.get("partial_json") or "")
-
-
 def _chat_reasoning(blocks: List[JSON]) -> JSON:
     """Thinking, readable and as the exact blocks that must come back in a tool loop."""
     thoughts = thinking_of(blocks)
     text = "".join(str(block.get("thinking", "")) for block in thoughts)
     carried = {"thinking_blocks": thoughts} if thoughts else {}
     return {"reasoning_content": text, **carried} if text else carried
-
-
-def url_citations(blocks: Iterable[JSON]) -> List[JSON]:
-    """Return the web citations of text blocks; offsets count code points of the joined text."""
-    found: List[JSON] = []
-    start = 0
-    for block in blocks:
-        if block.get("type") != "text":
-            continue
-        end = start + len(str(block.get("text", "")))
-        for citation in block.get("citations") or ():
-            url = _cited_url(citation)
-            if url:
-                title = str(citation.get("title") or url)
-                place = {"start_index": start, "end_index": end, "title": title, "url": url}
-                found.append({"type": "url_citation", "url_citation": place})
-        start = end
-    return found
-
-
-def _cited_url(citation: Any) -> str:
-    url = citation.get("url") or citation.get("source") if isinstance(citation, dict) else None
-    return url if isinstance(url, str) else ""
-
-
-class Unfenced:
-    """Takes one Markdown code fence away that encloses a whole text: `feed` pieces, then `end`.
-
-    The one place where the model's words are touched: a client that asked for a JSON object cannot
-    parse the fence that models like to put around it.
-    """
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._opened: Optional[bool] = None  # None until the start is known
-
-    def whole(self, text: str) -> List[str]:
-        """Return the pieces of a text that is there at once."""
-        return [self.feed(text), self.end()]
-
-    def feed(self, piece: str) -> str:
-        """Return what is certain to stay."""
-        self._held += piece
-        if self._opened is None and not self._start_known():
-            return ""
-        if not self._opened:
-            return self._taken(len(self._held))
-        tail = re.search(r"\s*`{0,3}\s*\Z", self._held)
-        return self._taken(tail.start() if tail else len(self._held))
-
-    def end(self) -> str:
-        """Return what was held back and stays after all."""
-        if self._opened:
-            return re.sub(r"\s*```\s*\Z", "", self._held)
-        return self._held
-
-    def _start_known(self) -> bool:
-        start = self._held.lstrip()
-        if len(start) < 3 and "```".startswith(start):
-            return False
-        if not start.startswith("```"):
-            self._opened = False
-        elif "\n" in start:
-            self._opened = True
-            self._held = start.partition("\n")[2]
-        return self._opened is not None
-
-    def _taken(self, end: int) -> str:
-        taken, self._held = self._held[:end], self._held[end:]
-        return taken
 
 
 # --- streams
@@ -3264,7 +3417,7 @@ class ChatStreamEncoder(EventSink):
         rest = self._unfenced.end() if self._unfenced else ""
         if rest:
             yield self._delta(self._text_delta(rest))
-        found = url_citations(self._blocks())
+        found = _annotations(self._blocks())
         if found:
             yield self._delta({"annotations": found})
         if message.get("stop_reason") == "refusal" and self._reply.json_schema:
@@ -3342,6 +3495,1081 @@ class CompletionStreamEncoder(ChatStreamEncoder):
 
     def _delta(self, delta: JSON) -> bytes:
         return super()._delta(delta) if "text" in delta else b""
+
+
+# ----------------------------------------------------------------------
+# 7. Responses <-> Messages                              uses: 0 1 2 4 5
+# ----------------------------------------------------------------------
+# Items instead of messages. What has no place in them, signed thinking above all, travels in
+# envelopes that the client hands back unread; what it names by id only comes in as `Known`. An item
+# tells its own events, so that an answer in one piece and a streamed one cannot differ.
+
+_ENVELOPE = "csh1."
+
+
+def sealed(content: JSON, key: bytes) -> str:
+    """Return `content` in an envelope that only `unsealed` with the same key opens.
+
+    It is authenticated, not encrypted: a client may read what it got anyway, but change nothing.
+    """
+    text = _ENVELOPE + base64.urlsafe_b64encode(dumps(content)).decode("ascii")
+    return f"{text}.{_seal(text, key)}"
+
+
+def unsealed(envelope: Any, key: bytes) -> JSON:
+    """Return the content of an envelope; nothing if it is not ours, or was changed."""
+    text, _, seal = envelope.rpartition(".") if isinstance(envelope, str) else ("", "", "")
+    expected = _seal(text, key).encode("ascii")
+    genuine = hmac.compare_digest(seal.encode("utf-8", "replace"), expected)
+    if not genuine or not text.startswith(_ENVELOPE):
+        return {}
+    return object_or_empty(loads(base64.urlsafe_b64decode(text[len(_ENVELOPE) :])))
+
+
+def _seal(text: str, key: bytes) -> str:
+    return hmac.new(key, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+
+
+class Known(NamedTuple):
+    """What is known of earlier answers to the same client; by default nothing."""
+
+    key: bytes = b""  # of the envelopes
+    thinking: Callable[[str], List[JSON]] = lambda call_id: []  # that came before a call
+    item: Callable[[str], Optional[JSON]] = lambda item_id: None
+    history: Callable[[str], Optional[List[JSON]]] = lambda response_id: (
+        None
+    )  # up to and with a response
+
+
+class CalledAs(NamedTuple):
+    """How the client knows a tool: the type of the item of a call, and the tool's name."""
+
+    type: str
+    name: str
+    namespace: str = ""
+
+
+class ResponsesDraft(Draft):
+    """A request from a Responses body, with what its answer must look like."""
+
+    compacts = False  # the answer is a summary in an envelope
+    plain_refusal = False  # as text: the client shows no other parts
+    store = True
+
+    def __init__(self, model: str, known: Known) -> None:
+        super().__init__(model, known.thinking)
+        self.known = known
+        self.history: List[JSON] = []  # the items before those of this request
+        self.items: List[JSON] = []  # those of this request
+        self.called_as: Dict[str, CalledAs] = {}  # by the name that upstream knows
+        self.upstream_names: Dict[Tuple[str, str], str] = {}  # by namespace and name
+        self.echo: JSON = {}  # the members of the response that repeat the request
+
+    def add_name(self, called: CalledAs) -> str:
+        """Return the name for a tool that is as upstream takes it; a namespace comes first."""
+        name = _flat_name(called.name, called.namespace)
+        while self.called_as.get(safe_name(name), called)[1:] != called[1:]:
+            name += "_"  # a tool of the very name that a namespace makes
+        self.called_as[safe_name(name)] = called
+        self.upstream_names[called.namespace, called.name] = safe_name(name)
+        return name
+
+
+def _flat_name(name: str, namespace: str) -> str:
+    return f"{namespace}__{name}" if namespace else name
+
+
+# --- tools
+
+ToolReader = Callable[[ResponsesDraft, JSON, str], None]
+
+_ONLY_OPENAIS = ("allowed_callers", "async", "defer_loading", "output_schema")
+
+
+def _response_tools(draft: ResponsesDraft, value: Any, path: str) -> None:
+    """All tools; namespaces last, because the plain names go first when two are the same."""
+    tools = [
+        (as_object(t, f"{path}.{n}"), f"{path}.{n}") for n, t in enumerate(as_list(value, path))
+    ]
+    for tool, where in sorted(tools, key=lambda pair: pair[0].get("type") == "namespace"):
+        type_ = re.sub(r"^web_search(_preview)?(_20\d\d_\d\d_\d\d)?$", "web_search", _type(tool))
+        read = RESPONSES_TOOLS.get(type_)
+        if is_server_tool(tool):
+            add_openai_tool(draft, tool, where)
+        elif read:
+            read(draft, tool, where)
+        else:
+            draft.ignore(f"tools.{type_}")
+
+
+def _type(tool: JSON) -> str:
+    """The type of a tool; those of Anthropic's shape have none."""
+    return str(tool.get("type") or ("function" if "name" in tool else ""))
+
+
+def _callable_tool(draft: ResponsesDraft, tool: JSON, path: str) -> None:
+    _add_callable(draft, tool, path, "")
+
+
+def _add_callable(draft: ResponsesDraft, tool: JSON, path: str, namespace: str) -> None:
+    flat = flat_tool(tool)
+    type_ = "custom_tool_call" if tool.get("type") == "custom" else "function_call"
+    name = as_text(flat.get("name"), f"{path}.name")
+    kept = {k: v for k, v in flat.items() if k not in _ONLY_OPENAIS or "input_schema" in flat}
+    kept["name"] = draft.add_name(CalledAs(type_, name, namespace))
+    add_openai_tool(draft, kept, path)
+
+
+def _namespace(draft: ResponsesDraft, tool: JSON, path: str) -> None:
+    namespace = as_text(tool.get("name"), f"{path}.name")
+    for number, inner in enumerate(as_list(tool.get("tools"), f"{path}.tools")):
+        where = f"{path}.tools.{number}"
+        _add_callable(draft, as_object(inner, where), where, namespace)
+
+
+def _tool_search(draft: ResponsesDraft, tool: JSON, path: str) -> None:
+    """A search for tools that the client runs itself; what it finds comes as an item."""
+    if tool.get("execution") != "client":
+        draft.ignore("tools.tool_search")
+        return
+    name = draft.add_name(CalledAs("tool_search_call", "tool_search"))
+    draft.add_tool(function_tool(draft, {**tool, "name": name}, path))
+
+
+def _web_search(draft: ResponsesDraft, tool: JSON, path: str) -> None:
+    """Codex says by default that no live pages are to be read: then there is nothing to search."""
+    if tool.get("external_web_access") is False:
+        draft.ignore("tools.web_search")
+    else:
+        web_search(draft, tool, path)
+
+
+RESPONSES_TOOLS: Dict[str, ToolReader] = {
+    "function": _callable_tool,
+    "custom": _callable_tool,
+    "namespace": _namespace,
+    "tool_search": _tool_search,
+    "web_search": _web_search,
+}
+
+
+def _tool_choice(draft: ResponsesDraft, value: Any, path: str) -> None:
+    choice = value if isinstance(value, str) else _named_choice(draft, as_object(value, path), path)
+    tool_choice(draft, choice, path)
+
+
+def _named_choice(draft: ResponsesDraft, choice: JSON, path: str) -> JSON:
+    """A choice with the names that upstream knows; those among allowed ones, too."""
+    type_ = _type(choice)
+    if type_ == "allowed_tools":
+        tools = as_list(choice.get("tools"), f"{path}.tools")
+        inner = [_named_choice(draft, as_object(tool, f"{path}.tools"), path) for tool in tools]
+        return {**choice, "tools": inner}
+    if type_.startswith("web_search"):
+        return {"type": "tool", "name": "web_search"}
+    if type_ not in ("function", "custom", "tool", "auto", "any", "none"):
+        raise RequestError(f"Claude has no tool of type {type_[:60]!r}", param=f"{path}.type")
+    flat = flat_tool(choice)
+    key = (str(flat.get("namespace") or ""), str(flat.get("name")))
+    return {**flat, "name": draft.upstream_names.get(key, flat.get("name"))}
+
+
+# --- input items
+
+ItemReader = Callable[[ResponsesDraft, JSON, str], None]
+
+
+def _items(draft: ResponsesDraft, value: Any, path: str) -> None:
+    given = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    for number, item in enumerate(as_list(given, path)):
+        whole = _dereferenced(draft, as_object(item, f"{path}.{number}"), path)
+        draft.items.extend([_full_message(whole)] if whole else [])
+    items = [*draft.history, *draft.items]
+    for number, item in enumerate(items):
+        if _item_type(item) in ("additional_tools", "tool_search_output"):
+            _response_tools(draft, item.get("tools") or [], f"{path}.{number}.tools")
+    for number, item in enumerate(items):
+        read = INPUT_ITEMS.get(_item_type(item))
+        if read:
+            read(draft, item, f"{path}.{number}")
+        else:
+            draft.ignore(f"{path}.{_item_type(item)}")
+
+
+def _item_type(item: JSON) -> str:
+    """The type of an item; messages, and references to items, may come without."""
+    type_ = item.get("type") or ("message" if "role" in item else "item_reference")
+    return str(type_)[:60]
+
+
+def _dereferenced(draft: ResponsesDraft, item: JSON, path: str) -> Optional[JSON]:
+    """The item that a reference means; reasoning that was forgotten is a loss, but no fault."""
+    if _item_type(item) != "item_reference":
+        return item
+    id = as_text(item.get("id"), f"{path}.id")
+    found = draft.known.item(id)
+    if found is None and not id.startswith("rs_"):
+        raise NotStoredError(f"Item with id '{id[:100]}' not found.", param=path)
+    if found is None:
+        draft.ignore(f"{path}.item_reference")
+    return found
+
+
+def _full_message(item: JSON) -> JSON:
+    """A message in the long form, which it has when it is listed; other items as they are."""
+    if _item_type(item) != "message":
+        return item
+    full = {"type": "message", "status": "completed", **item}
+    if isinstance(item.get("content"), str):
+        type_ = "output_text" if item.get("role") == "assistant" else "input_text"
+        full["content"] = [{"type": type_, "text": item["content"]}]
+    return full
+
+
+def _message(draft: ResponsesDraft, item: JSON, path: str) -> None:
+    role = item.get("role")
+    read = _ROLES.get(role) if isinstance(role, str) else None
+    if read is None:
+        known = ", ".join(_ROLES)
+        raise RequestError(f"unknown role; expected one of {known}", param=f"{path}.role")
+    read(draft, item, path)
+
+
+def _assistant(draft: Draft, item: JSON, path: str) -> None:
+    draft.turns.append(("assistant", content_blocks(draft, item.get("content"), f"{path}.content")))
+
+
+_ROLES: Dict[str, Callable[[Draft, JSON, str], None]] = {
+    "user": user_message,
+    "assistant": _assistant,
+    "system": system_message,
+    "developer": system_message,
+}
+
+
+def _reasoning_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
+    envelope = item.get("encrypted_content")
+    blocks = unsealed(envelope, draft.known.key).get("thinking")
+    if blocks:
+        draft.turns.append(("assistant", blocks))
+    elif envelope:
+        draft.ignore("input.reasoning.encrypted_content")
+
+
+def _call_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
+    custom = item.get("type") == "custom_tool_call"
+    given = {"input": item.get("input")} if custom else item.get("arguments")
+    name, namespace = item.get("name", "tool_search"), str(item.get("namespace") or "")
+    flat = _flat_name(as_text(name, f"{path}.name"), namespace)
+    block = {
+        "type": "tool_use",
+        "id": safe_name(as_text(item.get("call_id"), f"{path}.call_id") or "call"),
+        "name": draft.upstream_names.get((namespace, str(name)), safe_name(flat)),
+        "input": tool_input(given),
+    }
+    draft.turns.append(("assistant", [block]))
+
+
+def _output_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
+    id = as_text(item.get("call_id"), f"{path}.call_id")
+    output = item.get("output")
+    if item.get("type") == "tool_search_output":
+        output = dumps(item.get("tools") or []).decode("ascii")
+    draft.turns.append(("user", [tool_result(draft, id, output, f"{path}.output")]))
+
+
+def _search_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
+    """A search for tools by the client, or its result; OpenAI's own searches have no call id."""
+    if item.get("call_id") is None:
+        draft.ignore(f"input.{item['type']}")
+    elif item["type"] == "tool_search_call":
+        _call_item(draft, item, path)
+    else:
+        _output_item(draft, item, path)
+
+
+def _compaction_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
+    summary = unsealed(item.get("encrypted_content"), draft.known.key).get("summary")
+    if not summary:
+        draft.ignore("input.compaction")
+        return
+    text = f"<conversation-summary>\n{summary}\n</conversation-summary>"
+    draft.turns.append(("user", text_block(text)))
+
+
+def _compaction_trigger(draft: ResponsesDraft, item: JSON, path: str) -> None:
+    draft.compacts = True
+
+
+def _configuration_update(draft: ResponsesDraft, item: JSON, path: str) -> None:
+    for field, read in (("reasoning", _reasoning_field), ("text", _text_field)):
+        if item.get(field) is not None:
+            read(draft, item[field], f"{path}.{field}")
+
+
+def _read_before(draft: ResponsesDraft, item: JSON, path: str) -> None:
+    """The tools of this item were added before all items were read."""
+
+
+INPUT_ITEMS: Dict[str, ItemReader] = {
+    "message": _message,
+    "reasoning": _reasoning_item,
+    "function_call": _call_item,
+    "custom_tool_call": _call_item,
+    "tool_search_call": _search_item,
+    "function_call_output": _output_item,
+    "custom_tool_call_output": _output_item,
+    "tool_search_output": _search_item,
+    "additional_tools": _read_before,
+    "compaction": _compaction_item,
+    "compaction_trigger": _compaction_trigger,
+    "configuration_update": _configuration_update,
+}
+
+
+def _with_recalled_thinking(
+    turns: Iterable[Tuple[str, List[JSON]]], recall: Callable[[str], List[JSON]]
+) -> Iterator[Tuple[str, List[JSON]]]:
+    """Put remembered thinking before calls that came without; no turn may end in thinking."""
+    for role, group in itertools.groupby(turns, key=lambda turn: turn[0]):
+        blocks = [block for _, part in group for block in part]
+        if role == "assistant":
+            calls = [block["id"] for block in blocks if block["type"] == "tool_use"]
+            remembered = () if thinking_of(blocks) else map(recall, calls)
+            blocks = [*next(filter(None, remembered), []), *blocks]
+            while blocks and blocks[-1]["type"] in THINKING_TYPES:
+                blocks.pop()
+        yield role, blocks
+
+
+# --- the other fields
+
+
+def _previous_response(draft: ResponsesDraft, value: Any, path: str) -> None:
+    history = draft.known.history(as_text(value, path))
+    if history is None:
+        message = f"Previous response with id '{value[:100]}' not found."
+        raise PreviousResponseError(message, param=path)
+    draft.history = history
+
+
+def _reasoning_field(draft: ResponsesDraft, value: Any, path: str) -> None:
+    reasoning = as_object(value, path)
+    summary = reasoning.get("summary") or reasoning.get("generate_summary")
+    summary = summary if summary != "none" else None
+    if summary or reasoning.get("effort") is not None:
+        display = "summarized" if summary else "omitted"
+        draft.request["thinking"] = {"type": "adaptive", "display": display}
+    if reasoning.get("effort") is not None:
+        reasoning_effort(draft, reasoning["effort"], f"{path}.effort")
+    for name, usual in (("context", ("auto", "all_turns")), ("mode", ("standard",))):
+        if reasoning.get(name) not in (None, *usual):
+            draft.ignore(f"{path}.{name}")
+
+
+def _text_field(draft: ResponsesDraft, value: Any, path: str) -> None:
+    text = as_object(value, path)
+    if text.get("format") is not None:
+        output_format(draft, text["format"], f"{path}.format")
+    if text.get("verbosity") not in (None, "medium"):
+        draft.ignore(f"{path}.verbosity")
+
+
+_INCLUDED = ("reasoning.encrypted_content", "web_search_call.action.sources")
+
+
+def _include(draft: ResponsesDraft, value: Any, path: str) -> None:
+    for name in as_list(value, path):
+        if name not in _INCLUDED:
+            draft.ignore(f"{path}.{name}")
+
+
+def _truncation(draft: ResponsesDraft, value: Any, path: str) -> None:
+    if value != "disabled":
+        draft.ignore(path)
+
+
+def _store(draft: ResponsesDraft, value: Any, path: str) -> None:
+    draft.store = as_boolean(value, path)
+
+
+def _repeated(draft: ResponsesDraft, value: Any, path: str) -> None:
+    """The answer says it again."""
+
+
+# Field -> what becomes of it, and how; in the order in which they are read.
+RESPONSES_REQUEST: Dict[str, Tuple[str, Callable[[ResponsesDraft, Any, str], None]]] = {
+    "instructions": ("the first block of `system`", instructions),
+    "tools": ("`tools`; calls come back by type, name and namespace", _response_tools),
+    "previous_response_id": ("the conversation so far, from --responses-store", _previous_response),
+    "input": ("`system` and `messages`; tools among the items are `tools`", _items),
+    "reasoning": ("`output_config.effort` and `thinking`", _reasoning_field),
+    "text": ("`output_config.format`; json_object as an instruction", _text_field),
+    "include": ("signed thinking and sources are always there", _include),
+    "store": ("whether the answer can be named later", _store),
+    "metadata": ("told again in the answer", _repeated),
+    "stream_options": ("no obfuscation is ever sent", _repeated),
+    "truncation": ("only `disabled`: nothing said is left out", _truncation),
+    **SHARED_FIELDS,
+    "tool_choice": (SHARED_FIELDS["tool_choice"][0], _tool_choice),
+}
+
+# Field -> why it has no effect; named in x-claude-shim-ignored as those of Chat Completions are.
+RESPONSES_IGNORED: Dict[str, str] = {
+    "access_programs": "Claude has no such setting",
+    "client_metadata": "nobody reads it",
+    "context_management": "compaction is up to the client",
+    "image": "Claude has no such setting",
+    "max_tool_calls": "Claude has no such setting",
+    "moderation": "Claude has its own safeguards",
+    "prompt_cache_key": "Anthropic's cache needs no key",
+    "prompt_cache_retention": "see --prompt-cache",
+    "service_tier": "the account decides",
+    "top_logprobs": "Claude does not tell probabilities",
+}
+
+# Field -> why a request that uses it is a 400, and whether a value uses it.
+RESPONSES_REJECTED: Dict[str, Tuple[str, Callable[[Any], bool]]] = {
+    "background": ("claude_shim does not work in the background; stream instead", bool),
+    "conversation": ("use previous_response_id instead", lambda value: value is not None),
+    "prompt": ("claude_shim stores no prompts; send the text", lambda value: value is not None),
+}
+
+# The members of a response in OpenAI's order, with what they say if nothing else is known. Those
+# that are fields of the request, too, repeat it.
+_RESPONSE: JSON = {
+    "id": "",
+    "object": "response",
+    "created_at": 0,
+    "status": "in_progress",
+    "background": False,
+    "completed_at": None,
+    "error": None,
+    "incomplete_details": None,
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "model": "",
+    "output": [],
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "prompt_cache_retention": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "service_tier": "default",
+    "store": True,
+    "temperature": 1,
+    "text": {"format": {"type": "text"}, "verbosity": "medium"},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": 1,
+    "truncation": "disabled",
+    "usage": None,
+    "user": None,
+    "metadata": {},
+}
+_REPEATED = _RESPONSE.keys() & {*RESPONSES_REQUEST, *RESPONSES_IGNORED} - {"service_tier"}
+
+SUMMARISE = (
+    "Write a summary of this conversation that replaces it: whoever goes on with the work sees "
+    "nothing else. Say what the user wants and decided, what was done and found, which files, "
+    "commands, names and numbers matter, and what is still to do. Answer with the summary only."
+)
+
+
+def messages_request_from_responses(
+    body: JSON,
+    model: str,
+    known: Known = Known(),  # noqa: B008 - immutable
+) -> ResponsesDraft:
+    """Return the draft of the Messages request that a Responses request stands for.
+
+    `known` gives what the request only names. `draft.finished()` is the request; the model's own
+    rules are not applied yet. RequestError names the field.
+    """
+    draft = ResponsesDraft(model, known)
+    if body.get("input") is None and body.get("previous_response_id") is None:
+        raise RequestError("you must give input", param="input")
+    if body.get("input") is None:
+        body = {**body, "input": []}
+    read_fields(draft, body, RESPONSES_REQUEST, RESPONSES_REJECTED)
+    draft.turns = list(_with_recalled_thinking(draft.turns, draft.recall))
+    text = {**_RESPONSE["text"], **object_or_empty(body.get("text"))}
+    given = {name: body[name] for name in _REPEATED if body.get(name) is not None}
+    draft.echo = {**_RESPONSE, **given, "text": text}
+    # Codex, which alone sends this field, drops a message with a refusal as a whole.
+    draft.plain_refusal = "client_metadata" in body
+    if not any(blocks for _, blocks in draft.turns):
+        raise RequestError("expected at least one message with content", param="input")
+    if draft.compacts:
+        _ask_for_summary(draft)
+    elif draft.request.get("tool_choice", {}).get("type") in ("any", "tool") and draft.json_schema:
+        # instructor sends the same schema as text format and as forced tool: the call must win.
+        draft.request["output_config"].pop("format")
+        draft.ignore("text.format")
+    return draft
+
+
+def _ask_for_summary(draft: ResponsesDraft) -> None:
+    draft.turns.append(("user", text_block(SUMMARISE)))
+    draft.require_tools({"type": "none"})
+    draft.request.get("output_config", {}).pop("format", None)
+    draft.json_object = False
+
+
+# --- answers
+
+
+class ResponsesReply(NamedTuple):
+    """What the answer to one Responses request must look like."""
+
+    id: str = "resp_"
+    created: int = 0  # Unix seconds
+    model: str = ""
+    key: bytes = b""  # of the envelopes
+    echo: JSON = _RESPONSE
+    called_as: Dict[str, CalledAs] = {}
+    json_object: bool = False
+    compacts: bool = False
+    plain_refusal: bool = False
+    clock: Callable[[], int] = lambda: 0  # Unix seconds, when the answer is complete
+
+    @classmethod
+    def to(cls, draft: ResponsesDraft, id: str, clock: Callable[[], int]) -> ResponsesReply:
+        """Return the reply that `draft` asks for."""
+        return cls(
+            id,
+            clock(),
+            str(draft.request["model"]),
+            draft.known.key,
+            draft.echo,
+            draft.called_as,
+            draft.json_object,
+            draft.compacts,
+            draft.plain_refusal,
+            clock,
+        )
+
+
+def responses_usage(usage: JSON) -> JSON:
+    """Return the usage of a response; input_tokens hold what the cache gave and took."""
+    total, output = input_token_total(usage), token_count(usage, "output_tokens")
+    return {
+        "input_tokens": total,
+        "input_tokens_details": {
+            "cached_tokens": token_count(usage, "cache_read_input_tokens"),
+            "cache_write_tokens": token_count(usage, "cache_creation_input_tokens"),
+        },
+        "output_tokens": output,
+        "output_tokens_details": {"reasoning_tokens": thinking_token_count(usage)},
+        "total_tokens": total + output,
+    }
+
+
+def _response(reply: ResponsesReply, status: str, output: List[JSON], **fields: Any) -> JSON:
+    known = {"id": reply.id, "created_at": reply.created, "status": status, "model": reply.model}
+    return {**reply.echo, **known, "output": output, **fields}
+
+
+# Stop reasons that leave the answer incomplete. A refusal does not: Codex repeats a whole turn
+# that is incomplete for it, five times.
+INCOMPLETE = {
+    "max_tokens": "max_output_tokens",
+    "model_context_window_exceeded": "max_output_tokens",
+}
+
+
+def _finished(reply: ResponsesReply, message: JSON, output: List[JSON]) -> JSON:
+    reason = INCOMPLETE.get(str(message.get("stop_reason")))
+    fields: JSON = {"model": message.get("model") or reply.model}
+    fields["usage"] = responses_usage(object_or_empty(message.get("usage")))
+    if reason:
+        return _response(
+            reply, "incomplete", output, incomplete_details={"reason": reason}, **fields
+        )
+    return _response(reply, "completed", output, completed_at=reply.clock(), **fields)
+
+
+def response_from_message(message: JSON, reply: ResponsesReply) -> JSON:
+    """Return the response made of one whole message; UpstreamCutError for no summary at all."""
+    items: List[OutputItem] = []
+    for block in [*message["content"], *_refusal(message, reply)]:
+        if items and items[-1].takes(block):
+            items[-1].blocks.append(block)
+        else:
+            kind = _item_kind(block, reply)
+            items.extend([kind(len(items), block, reply)] if kind else [])
+    last = "incomplete" if message.get("stop_reason") in INCOMPLETE else "completed"
+    statuses = [*("completed" for _ in items[1:]), last]
+    output = [item.whole(status) for item, status in zip(items, statuses)]
+    return _finished(reply, message, _with_summary(output, reply))
+
+
+def compaction_request(body: JSON) -> JSON:
+    """Return the Responses request that a body of /v1/responses/compact stands for."""
+    given = body.get("input")
+    text = [{"role": "user", "content": given}] if isinstance(given, str) else None
+    items = text or ([] if given is None else as_list(given, "input"))
+    return {**body, "store": False, "input": [*items, {"type": "compaction_trigger"}]}
+
+
+def compacted(response: JSON, draft: ResponsesDraft) -> JSON:
+    """Return the answer of /v1/responses/compact: what the user said, and the summary."""
+    items = [*draft.history, *draft.items]
+    said = [item for item in items if _item_type(item) == "message" and item.get("role") == "user"]
+    kept = {name: response[name] for name in ("id", "created_at", "usage")}
+    output = [*with_ids(said, response["id"]), *response["output"]]
+    return {**kept, "object": "response.compaction", "output": output}
+
+
+def with_ids(items: Iterable[JSON], response_id: str) -> List[JSON]:
+    """Return the items of a request, each with an id: clients may send them without."""
+    return [{"id": f"item_{n}_{response_id}", **item} for n, item in enumerate(items)]
+
+
+def _refusal(message: JSON, reply: ResponsesReply) -> List[JSON]:
+    """A refusal as a block: it becomes a part of a message, or else a message of its own."""
+    if message.get("stop_reason") != "refusal":
+        return []
+    field, type_ = ("text", "refusal_text") if reply.plain_refusal else ("refusal", "refusal")
+    return [{"type": type_, field: refusal_text(message)}]
+
+
+def _with_summary(output: List[JSON], reply: ResponsesReply) -> List[JSON]:
+    if reply.compacts and not output:
+        raise UpstreamCutError("upstream wrote no summary of the conversation")
+    return output
+
+
+Events = Iterator[Tuple[str, JSON]]  # types and members, without what all events of an item have
+
+
+class OutputItem:
+    """One item of an answer: whole, and as the events that open, fill and close it."""
+
+    prefix = ""
+
+    def __init__(self, index: int, block: JSON, reply: ResponsesReply) -> None:
+        self.index = index
+        self.id = f"{self.prefix}_{reply.id.partition('_')[2]}_{index}"
+        self.blocks = [block]
+        self.reply = reply
+
+    def takes(self, block: JSON) -> bool:
+        """Return whether a block that follows belongs to this item."""
+        return False
+
+    def whole(self, status: str) -> JSON:
+        """Return the item; `in_progress` as it begins, `completed` or `incomplete`."""
+        raise NotImplementedError
+
+    def opening(self, block: JSON) -> Events:
+        """Yield the events of a block that begins, the first or one that it takes."""
+        return iter(())
+
+    def delta(self, piece: str) -> Events:
+        """Yield the events of a piece of text, or of a call's arguments."""
+        return iter(())
+
+    def closing(self) -> Events:
+        """Yield the events of the end, when all blocks are whole."""
+        return iter(())
+
+
+class MessageItem(OutputItem):
+    """Text blocks in a row are one part of one message; a refusal is a part after it."""
+
+    prefix = "msg"
+
+    def __init__(self, index: int, block: JSON, reply: ResponsesReply) -> None:
+        super().__init__(index, block, reply)
+        self._unfenced = Unfenced() if reply.json_object else None
+
+    def takes(self, block: JSON) -> bool:
+        return block.get("type") in ("text", "refusal")
+
+    def whole(self, status: str) -> JSON:
+        content = [] if status == "in_progress" else self._parts()
+        message = {"id": self.id, "type": "message", "status": status, "content": content}
+        return {**message, "role": "assistant"}
+
+    def _parts(self) -> List[JSON]:
+        texts = [block for block in self.blocks if block["type"] != "refusal"]
+        refusals = [block for block in self.blocks if block["type"] == "refusal"]
+        return [*([_text_part_of(texts, self.reply)] if texts else []), *refusals]
+
+    def opening(self, block: JSON) -> Events:
+        if block["type"] == "refusal":
+            yield from self._text_closing()
+            place = {"content_index": len(self._parts()) - 1}
+            yield "response.content_part.added", {**place, "part": {**block, "refusal": ""}}
+            yield "response.refusal.delta", {**place, "delta": block["refusal"]}
+            yield "response.refusal.done", {**place, "refusal": block["refusal"]}
+            yield "response.content_part.done", {**place, "part": block}
+        elif block is self.blocks[0]:
+            part = _text_part_of([], self.reply)
+            yield "response.content_part.added", {"content_index": 0, "part": part}
+
+    def delta(self, piece: str) -> Events:
+        text = self._unfenced.feed(piece) if self._unfenced else piece
+        if text:
+            yield (
+                "response.output_text.delta",
+                {"content_index": 0, "delta": text, "logprobs": []},
+            )
+
+    def closing(self) -> Events:
+        return iter(()) if self.blocks[-1]["type"] == "refusal" else self._text_closing()
+
+    def _text_closing(self) -> Events:
+        part = self._parts()[0]
+        if part["type"] == "refusal":
+            return
+        rest = self._unfenced.end() if self._unfenced else ""
+        if rest:
+            yield (
+                "response.output_text.delta",
+                {"content_index": 0, "delta": rest, "logprobs": []},
+            )
+        for number, found in enumerate(part["annotations"]):
+            place = {"content_index": 0, "annotation_index": number}
+            yield "response.output_text.annotation.added", {**place, "annotation": found}
+        done = {"content_index": 0, "text": part["text"], "logprobs": []}
+        yield "response.output_text.done", done
+        yield "response.content_part.done", {"content_index": 0, "part": part}
+
+
+def _text_part_of(blocks: List[JSON], reply: ResponsesReply) -> JSON:
+    text = "".join(str(block.get("text", "")) for block in blocks)
+    if reply.json_object:
+        text = "".join(Unfenced().whole(text))
+    found = [{"type": "url_citation", **place} for place in url_citations(blocks)]
+    return {"type": "output_text", "annotations": found, "logprobs": [], "text": text}
+
+
+class ReasoningItem(OutputItem):
+    """A thinking block: its text as a summary, and itself, signed, in an envelope."""
+
+    prefix = "rs"
+    _told = ""
+
+    def whole(self, status: str) -> JSON:
+        block = self.blocks[0]
+        text = block.get("thinking") if status != "in_progress" else ""
+        summary = [{"type": "summary_text", "text": text}] if text else []
+        item: JSON = {"id": self.id, "type": "reasoning", "summary": summary}
+        if status != "in_progress" and (block.get("signature") or block.get("data")):
+            item["encrypted_content"] = sealed({"thinking": [block]}, self.reply.key)
+        return item
+
+    def delta(self, piece: str) -> Events:
+        place = {"summary_index": 0}
+        if not self._told:
+            part = {"type": "summary_text", "text": ""}
+            yield "response.reasoning_summary_part.added", {**place, "part": part}
+        self._told += piece
+        yield "response.reasoning_summary_text.delta", {**place, "delta": piece}
+
+    def closing(self) -> Events:
+        if self._told:
+            place = {"summary_index": 0}
+            part = {"type": "summary_text", "text": self._told}
+            yield "response.reasoning_summary_text.done", {**place, "text": self._told}
+            yield "response.reasoning_summary_part.done", {**place, "part": part}
+
+
+class FunctionCallItem(OutputItem):
+    """A call of a function; its arguments are streamed as they come."""
+
+    prefix = "fc"
+
+    def __init__(self, index: int, block: JSON, reply: ResponsesReply) -> None:
+        super().__init__(index, block, reply)
+        self._pieces: List[str] = []
+
+    def whole(self, status: str) -> JSON:
+        return self._call(status, arguments="" if status == "in_progress" else self._arguments())
+
+    def _call(self, status: str, **fields: Any) -> JSON:
+        called = called_as(self.blocks[0], self.reply)
+        named = {"namespace": called.namespace} if called.namespace else {}
+        item = {"id": self.id, "type": called.type, "status": status, **fields}
+        return {**item, "call_id": self.blocks[0].get("id"), "name": called.name, **named}
+
+    def _arguments(self) -> str:
+        block, told = self.blocks[0], "".join(self._pieces)
+        whole = dumps(object_or_empty(block.get("input"))).decode("ascii")
+        return told if told.strip() else str(block.get("partial_json") or whole)
+
+    def delta(self, piece: str) -> Events:
+        self._pieces.append(piece)
+        yield "response.function_call_arguments.delta", {"delta": piece}
+
+    def closing(self) -> Events:
+        whole = self._arguments()
+        if not "".join(self._pieces).strip():
+            yield "response.function_call_arguments.delta", {"delta": whole}
+        yield "response.function_call_arguments.done", {"arguments": whole}
+
+
+class CustomCallItem(FunctionCallItem):
+    """A call of a tool of free text, which is told when it is whole."""
+
+    prefix = "ctc"
+
+    def whole(self, status: str) -> JSON:
+        text = "" if status == "in_progress" else custom_input(self.blocks[0])
+        return self._call(status, input=text)
+
+    def delta(self, piece: str) -> Events:
+        return iter(())
+
+    def closing(self) -> Events:
+        text = custom_input(self.blocks[0])
+        if text:
+            yield "response.custom_tool_call_input.delta", {"delta": text}
+        yield "response.custom_tool_call_input.done", {"input": text}
+
+
+class ToolSearchItem(OutputItem):
+    """A search for tools, which the client runs."""
+
+    prefix = "tsc"
+
+    def whole(self, status: str) -> JSON:
+        block = self.blocks[0]
+        item = {"id": self.id, "type": "tool_search_call", "status": status, "execution": "client"}
+        given = {} if status == "in_progress" else object_or_empty(block.get("input"))
+        return {**item, "call_id": block.get("id"), "arguments": given}
+
+
+class WebSearchItem(OutputItem):
+    """A search of the web that upstream runs, with its result."""
+
+    prefix = "ws"
+
+    def takes(self, block: JSON) -> bool:
+        answers = block.get("tool_use_id") == self.blocks[0].get("id")
+        return block.get("type") == "web_search_tool_result" and answers
+
+    def whole(self, status: str) -> JSON:
+        query = str(object_or_empty(self.blocks[0].get("input")).get("query") or "")
+        found = self.blocks[-1].get("content") if len(self.blocks) > 1 else []
+        pages = found if isinstance(found, list) else []
+        urls = [str(page.get("url")) for page in pages if isinstance(page, dict)]
+        sources = [{"type": "url", "url": url} for url in urls]
+        if status == "completed" and found is not pages:
+            status = "failed"
+        action = {"type": "search", "query": query, "queries": [query], "sources": sources}
+        return {"id": self.id, "type": "web_search_call", "status": status, "action": action}
+
+    def opening(self, block: JSON) -> Events:
+        if block is self.blocks[0]:
+            yield "response.web_search_call.in_progress", {}
+            yield "response.web_search_call.searching", {}
+
+    def closing(self) -> Events:
+        yield "response.web_search_call.completed", {}
+
+
+class CompactionItem(OutputItem):
+    """The summary of a conversation, in an envelope."""
+
+    prefix = "cmp"
+
+    def takes(self, block: JSON) -> bool:
+        return block.get("type") == "text"
+
+    def whole(self, status: str) -> JSON:
+        text = "".join(str(block.get("text", "")) for block in self.blocks)
+        content = "" if status == "in_progress" else sealed({"summary": text}, self.reply.key)
+        return {"id": self.id, "type": "compaction", "encrypted_content": content}
+
+
+CALL_ITEMS: Dict[str, Type[OutputItem]] = {
+    "function_call": FunctionCallItem,
+    "custom_tool_call": CustomCallItem,
+    "tool_search_call": ToolSearchItem,
+}
+BLOCK_ITEMS: Dict[str, Type[OutputItem]] = {
+    "text": MessageItem,
+    "refusal": MessageItem,
+    "refusal_text": MessageItem,
+    "thinking": ReasoningItem,
+    "redacted_thinking": ReasoningItem,
+}
+
+
+def called_as(block: JSON, reply: ResponsesReply) -> CalledAs:
+    """Return how the client knows the tool that a block calls."""
+    name = str(block.get("name"))
+    return reply.called_as.get(name, CalledAs("function_call", name))
+
+
+def _item_kind(block: JSON, reply: ResponsesReply) -> Optional[Type[OutputItem]]:
+    """The kind of item that a block begins; None if the client does not get to see it."""
+    type_ = str(block.get("type"))
+    if reply.compacts:
+        return CompactionItem if type_ == "text" else None
+    if is_client_tool_use(block):
+        return CALL_ITEMS[called_as(block, reply).type]
+    if type_ == "server_tool_use" and block.get("name") == "web_search":
+        return WebSearchItem
+    return BLOCK_ITEMS.get(type_)
+
+
+# --- streams
+
+
+class ResponsesStreamEncoder(EventSink):
+    """Messages events -> the events of a streamed response.
+
+    An item is closed when the next one begins, or with the message: whether its end was cut off
+    is known only then. `remember` is told, at the end, the message and the response.
+    """
+
+    def __init__(
+        self,
+        reply: ResponsesReply,
+        remember: Callable[[JSON, JSON], None] = lambda message, response: None,
+    ) -> None:
+        self._reply = reply
+        self._remember = remember
+        self._message = MessageAssembler()
+        self._output: List[JSON] = []  # the items that are closed
+        self._open: Optional[OutputItem] = None
+        self._filled: Optional[OutputItem] = None  # the open one, if the open block belongs to it
+        self._number = 0  # of the next event
+        self._around_text = b""
+        self._splices = not (reply.json_object or reply.compacts)
+
+    @property
+    def heartbeat(self) -> bytes:
+        """An event once the stream has begun: Codex counts no comments as signs of life."""
+        if self._message.message is None:
+            return COMMENT
+        return _response_event("keepalive", {"sequence_number": self._number})
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether text may be spliced: not where it is looked at, or not shown."""
+        return self._splices and self._message.takes_text
+
+    def feed_text(self, texts: List[bytes]) -> bytes:
+        """Return the events of a run of text deltas: JSON text is spliced as it stands."""
+        self._message.feed_text(texts)
+        around, first = self._around_text, self._number
+        self._number += len(texts)
+        return b"".join([around % pair for pair in enumerate(texts, first)])
+
+    def fail(self, error: ShimError) -> bytes:
+        """Return the two events that tell of a failure; nothing follows them."""
+        status, body = openai_error(error)
+        detail = body["error"]
+        # Codex does not repeat a request that was refused with this code.
+        code = detail["code"] or ("invalid_prompt" if status == 400 else "server_error")
+        told = {"code": code, "message": detail["message"]}
+        failed = _response(self._reply, "failed", self._output, error=told)
+        return self._told([("error", {"error": {**detail, "code": code}})]) + self._told(
+            [("response.failed", {"response": failed})]
+        )
+
+    # Events
+
+    def _told(self, events: Iterable[Tuple[str, JSON]]) -> bytes:
+        made: List[bytes] = []
+        for type_, fields in events:
+            made.append(_response_event(type_, {"sequence_number": self._number, **fields}))
+            self._number += 1
+        return b"".join(made)
+
+    def _of(self, item: OutputItem, events: Events) -> Events:
+        place = {"item_id": item.id, "output_index": item.index}
+        return ((type_, {**place, **fields}) for type_, fields in events)
+
+    def _on_message_start(self, event: JSON) -> bytes:
+        self._message.feed(event)
+        message = self._message.message or {}
+        self._reply = self._reply._replace(model=message.get("model") or self._reply.model)
+        begun = {"response": _response(self._reply, "in_progress", [])}
+        return self._told([("response.created", begun), ("response.in_progress", begun)])
+
+    def _on_content_block_start(self, event: JSON) -> bytes:
+        if self._message.message is None:
+            return b""
+        self._message.feed(event)
+        return self._begun(self._message.message["content"][-1])
+
+    def _begun(self, block: JSON) -> bytes:
+        closed, item = b"", self._open
+        if item and item.takes(block):
+            item.blocks.append(block)
+        else:
+            kind = _item_kind(block, self._reply)
+            if kind is None:
+                self._filled = None
+                return b""
+            closed = self._closed("completed")
+            item = kind(len(self._output), block, self._reply)
+            added = {"output_index": item.index, "item": item.whole("in_progress")}
+            closed += self._told([("response.output_item.added", added)])
+        self._open = self._filled = item
+        opened = self._told(self._of(item, item.opening(block)))
+        self._around_text = self._prepared(item)
+        return closed + opened + self._piece(block.get("text"))
+
+    def _prepared(self, item: OutputItem) -> bytes:
+        """The event of a text delta, with gaps for its number and its text."""
+        events = self._of(item, item.delta("\x00")) if self.takes_text else ()
+        for type_, fields in events:
+            event = _response_event(type_, {"sequence_number": -1, **fields}).replace(b"%", b"%%")
+            return event.replace(b":-1,", b":%d,").replace(b"\\u0000", b"%b")
+        return b""
+
+    def _piece(self, piece: Any) -> bytes:
+        if self._filled is None or not isinstance(piece, str) or not piece:
+            return b""
+        return self._told(self._of(self._filled, self._filled.delta(piece)))
+
+    def _on_content_block_delta(self, event: JSON) -> bytes:
+        self._message.feed(event)
+        delta = object_or_empty(event.get("delta"))
+        return self._piece(delta.get(DELTA_TEXT.get(str(delta.get("type")), "")))
+
+    def _on_content_block_stop(self, event: JSON) -> bytes:
+        self._filled = None
+        return self._message.feed(event)
+
+    def _on_message_delta(self, event: JSON) -> bytes:
+        return self._message.feed(event)
+
+    def _closed(self, status: str) -> bytes:
+        item, self._open = self._open, None
+        if item is None:
+            return b""
+        closing = self._told(self._of(item, item.closing()))
+        self._output.append(item.whole(status))
+        done = {"output_index": item.index, "item": self._output[-1]}
+        return closing + self._told([("response.output_item.done", done)])
+
+    def _on_message_stop(self, event: JSON) -> bytes:
+        message = self._message.message
+        if message is None:
+            raise UpstreamCutError("upstream ended an answer that had not begun")
+        refused = b"".join(self._begun(block) for block in _refusal(message, self._reply))
+        cut = message.get("stop_reason") in INCOMPLETE
+        closed = self._closed("incomplete" if cut else "completed")
+        response = _finished(self._reply, message, _with_summary(self._output, self._reply))
+        self.complete = True
+        self._remember(message, response)
+        last = self._told([(f"response.{response['status']}", {"response": response})])
+        return refused + closed + last
+
+
+def _response_event(type_: str, fields: JSON) -> bytes:
+    return server_sent_event(dumps({"type": type_, **fields}), type_)
 
 
 # ----------------------------------------------------------------------
@@ -3755,11 +4983,32 @@ def response_framing(status: int, headers: HeaderList) -> Framing:
     return Framing(False, int(lengths[0]) if lengths else None, keep and bool(lengths))
 
 
+class Way(NamedTuple):
+    """What all requests over a connection have in common."""
+
+    target: str  # before the path: of the base URL, or all of it for a proxy
+    fields: str  # lines of the head
+
+    def head(self, request: UpstreamRequest) -> bytes:
+        """Return the head of a request; RequestError if a field could break out of its line."""
+        fields = request.headers
+        if request.body or request.method not in ("GET", "HEAD"):
+            fields = [*fields, ("Content-Length", str(len(request.body)))]
+        line = f"{request.method} {self.target}{request.path} HTTP/1.1"
+        if _UNSAFE_HEADER.search("".join([line, *itertools.chain.from_iterable(fields)])):
+            raise RequestError("a header for upstream holds a control character")
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+        return f"{line}\r\n{self.fields}{lines}\r\n".encode("latin-1")
+
+
 class UpstreamConnection(Source):
     """One connection: a request out, a head in, then the source of the body."""
 
-    def __init__(self, sock: socket.socket, limits: Limits, release: Callable[..., None]) -> None:
+    def __init__(
+        self, sock: socket.socket, way: Way, limits: Limits, release: Callable[..., None]
+    ) -> None:
         self.sock: socket.socket = sock
+        self._way = way
         self.used = False  # has carried an answer before
         self.idle_since = 0.0
         self.silence_seconds = limits.silence
@@ -3775,7 +5024,7 @@ class UpstreamConnection(Source):
         self._begun = False  # a head of 1xx has come
         self.head_deadline = 0.0
 
-    def begin(self, head: bytes, request: UpstreamRequest) -> None:
+    def begin(self, request: UpstreamRequest) -> None:
         """Send a request; OSError if the connection broke."""
         now = time.monotonic()
         self.deadline = now + (request.patience or self._limits.total)
@@ -3783,7 +5032,7 @@ class UpstreamConnection(Source):
         if request.patience:
             self.silence_seconds = request.patience
         try:
-            self._send(head, request)
+            self._send(self._way.head(request), request)
         except (BrokenPipeError, ConnectionResetError):
             if self.used or not readable([self.sock], 0.5):
                 raise  # else an early refusal, such as 413, may be waiting
@@ -3900,7 +5149,7 @@ class UpstreamConnection(Source):
 
     def close(self) -> None:
         if self._keep and self.rests():
-            heir = UpstreamConnection(self.sock, self._limits, self._release)
+            heir = UpstreamConnection(self.sock, self._way, self._limits, self._release)
             heir.used = self._given_back = True  # a late `drop` must not close what is another's
             self._release(heir)
         else:
@@ -3924,45 +5173,22 @@ STALE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 NO_ANSWER_IN_TIME = "upstream did not start to answer in time"
 
 
-class PooledHandler(urllib.request.BaseHandler):
-    """urllib's http: and https: over kept-alive connections.
+class IdleConnections:
+    """Connections that carried an answer to its end; the last one used is taken first.
 
-    The last one used is taken first. One that was closed meanwhile is noticed when it turns
-    readable; a request that finds out too late is sent again, on a new connection, only if not a
-    byte of an answer had come.
+    One that was closed meanwhile is noticed when it turns readable.
     """
 
     IDLE_SECONDS = 30.0  # less than servers keep one open
     MAX_IDLE = 64
 
-    def __init__(self, limits: Limits, context: Optional[ssl.SSLContext]) -> None:
-        self._limits = limits
-        self._context = context
+    def __init__(self) -> None:
         self._idle: List[UpstreamConnection] = []
         self._lock = threading.Lock()
         self._closed = False
 
-    def http_open(self, call: UpstreamCall) -> Optional[UpstreamConnection]:
-        """Return a connection that carries the request; None if only an idle one would do."""
-        head = call.head()
-        taken = None if call.request.fresh else self._taken()
-        while taken or call.connects:
-            connection, taken = taken or self._connected(call), None
-            try:
-                connection.begin(head, call.request)
-                return connection
-            except OSError as error:
-                connection.drop()
-                if not (connection.used and isinstance(error, STALE)):
-                    raise UpstreamCutError(f"no answer from upstream: {error}") from None
-            except BaseException:
-                connection.drop()
-                raise
-        return None
-
-    https_open = http_open
-
-    def _taken(self) -> Optional[UpstreamConnection]:
+    def taken(self) -> Optional[UpstreamConnection]:
+        """Return a connection that seems to be open still, or None."""
         while True:
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
@@ -3991,6 +5217,23 @@ class PooledHandler(urllib.request.BaseHandler):
         for connection in idle:
             connection.drop()
 
+
+class ConnectingHandler(urllib.request.BaseHandler):
+    """urllib's http: and https: for a new connection, which then carries requests by itself."""
+
+    def __init__(
+        self, limits: Limits, context: Optional[ssl.SSLContext], idle: IdleConnections
+    ) -> None:
+        self._limits = limits
+        self._context = context
+        self._release = idle.release
+
+    def http_open(self, call: UpstreamCall) -> UpstreamConnection:
+        """Return an open connection; UpstreamUnreachableError says why there is none."""
+        return self._connected(call)
+
+    https_open = http_open
+
     def _connected(self, call: UpstreamCall) -> UpstreamConnection:
         host = call.host
         try:
@@ -4010,7 +5253,7 @@ class PooledHandler(urllib.request.BaseHandler):
         except BaseException:
             sock.close()
             raise
-        return UpstreamConnection(sock, self._limits, self.release)
+        return UpstreamConnection(sock, call.way(), self._limits, self._release)
 
     def _secured(self, sock: socket.socket, call: UpstreamCall) -> socket.socket:
         if call.type != "https" and not call.tunnel:
@@ -4049,14 +5292,11 @@ def _tls_sentence(host: str, error: OSError) -> str:
 
 
 class UpstreamCall(urllib.request.Request):
-    """An UpstreamRequest on its way through urllib's handlers."""
+    """A base URL on its way through urllib's handlers, with the fields of every request."""
 
-    def __init__(self, base_url: str, request: UpstreamRequest, connects: bool = True) -> None:
-        # With a host of origin given, urllib does not parse the URL a second time.
-        super().__init__(base_url + request.path, origin_req_host="", method=request.method)
-        self.request = request
-        self.connects = connects  # else only a connection that is idle now will do
-        self._origin = self.host
+    def __init__(self, base_url: str, fields: HeaderList) -> None:
+        super().__init__(base_url)
+        self._fields = [("Host", self.host), *fields, ("Accept-Encoding", "identity")]
 
     @property
     def tunnel(self) -> str:
@@ -4067,25 +5307,23 @@ class UpstreamCall(urllib.request.Request):
         """Return what ProxyHandler made of the user and password in the proxy's URL."""
         return str(self.headers.get("Proxy-authorization") or "")
 
-    def head(self) -> bytes:
-        """Return the request head; ValueError if a field could break out of its line."""
-        fields = [("Host", self._origin), *self.request.headers, ("Accept-Encoding", "identity")]
-        if self.request.body or self.request.method not in ("GET", "HEAD"):
-            fields.append(("Content-Length", str(len(self.request.body))))
+    def way(self) -> Way:
+        """Return what a request needs to take this way."""
+        fields = self._fields
         if not self.tunnel and self.proxy_authorization():
-            fields.append(("Proxy-Authorization", self.proxy_authorization()))
-        lines = [f"{self.request.method} {self.selector} HTTP/1.1"]
-        lines += [f"{name}: {value}" for name, value in fields]
-        if any(_UNSAFE_HEADER.search(line) for line in lines):
-            raise RequestError("a header for upstream holds a control character")
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+            fields = [*fields, ("Proxy-Authorization", self.proxy_authorization())]
+        if _UNSAFE_HEADER.search("".join(itertools.chain.from_iterable(fields))):
+            raise ConfigError("a header to add upstream holds a control character")
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+        return Way(self.selector.rstrip("/"), lines)
 
 
 class HTTPUpstream(Upstream):
     """The Messages API at `url`, or any gateway that speaks it.
 
     `extra_headers` go with every request (for a corporate gateway). Proxies come from the
-    environment, as urllib reads it; never for a loopback upstream.
+    environment, as urllib reads it; never for a loopback upstream. A request that finds its
+    connection closed is sent again, on a new one, only if not a byte of an answer had come.
     """
 
     def __init__(
@@ -4100,21 +5338,35 @@ class HTTPUpstream(Upstream):
         self._extra_headers = list(extra_headers)
         if context is None and self.url.startswith("https:"):
             context = ssl.create_default_context()
-        self._handler = PooledHandler(limits, context)
+        self._idle = IdleConnections()
         self._opener = (
             urllib.request.OpenerDirector()
         )  # without its redirect, file: and ftp: handlers
         proxies = proxies_for(self.url)
         if proxies:
             self._opener.add_handler(urllib.request.ProxyHandler(proxies))
-        self._opener.add_handler(self._handler)
+        self._opener.add_handler(ConnectingHandler(limits, context, self._idle))
+
+    def _connected(self) -> UpstreamConnection:
+        connection: Any = self._opener.open(UpstreamCall(self.url, self._extra_headers))
+        assert isinstance(connection, UpstreamConnection)
+        return connection
 
     def begin(self, request: UpstreamRequest, connects: bool) -> Optional[UpstreamConnection]:
-        headers = [*request.headers, *self._extra_headers]
-        call = UpstreamCall(self.url, request._replace(headers=headers), connects)
-        connection: Any = self._opener.open(call)
-        assert connection is None or isinstance(connection, UpstreamConnection)
-        return connection
+        taken = None if request.fresh else self._idle.taken()
+        while taken or connects:
+            connection, taken = taken or self._connected(), None
+            try:
+                connection.begin(request)
+                return connection
+            except OSError as error:
+                connection.drop()
+                if not (connection.used and isinstance(error, STALE)):
+                    raise UpstreamCutError(f"no answer from upstream: {error}") from None
+            except BaseException:
+                connection.drop()
+                raise
+        return None
 
     def send(self, request: UpstreamRequest) -> UpstreamResponse:
         """Return the head of the answer; a ShimError when there is none, ClientGone on hang-up."""
@@ -4133,7 +5385,7 @@ class HTTPUpstream(Upstream):
                 raise
 
     def close(self) -> None:
-        self._handler.close_all()
+        self._idle.close_all()
 
 
 def proxies_for(url: str) -> Dict[str, str]:
@@ -4531,7 +5783,7 @@ class Log:
 
 
 # ----------------------------------------------------------------------
-# 12. Endpoints                               uses: 0 1 2 3 4 5 6 8 9 11
+# 12. Endpoints                             uses: 0 1 2 3 4 5 6 7 8 9 11
 # ----------------------------------------------------------------------
 # Request in, Response out. Nothing here knows sockets of clients; a body that is still coming is a
 # Stream or a Gathered, which section 13 pumps.
@@ -4548,6 +5800,7 @@ class Request(NamedTuple):
     body: bytes = b""
     request_id: str = ""
     watch: ClientWatch = ClientWatch()
+    key_name: str = ""  # of the client key that it showed
 
 
 class Transform:
@@ -4717,6 +5970,189 @@ class ThinkingMemory:
             return self._turns.get(tool_use_id, ([], 0))[0]
 
 
+class StoreFault(ShimError):
+    """500: the store of responses cannot be used."""
+
+
+class ResponseStore:
+    """Responses that a later request may name; each belongs to one client.
+
+    An SQLite database, in memory or in the file `place`. What nobody used for some hours is
+    forgotten, and what was used the longest ago when there is too much. StoreFault when the
+    database fails.
+    """
+
+    LIMITS = {"memory": (64 << 20, 24)}  # bytes and hours
+    FILE_LIMITS = (1 << 30, 30 * 24)
+    LOCK_SECONDS = 0.5  # for another process to finish its transaction
+
+    def __init__(self, place: str = "memory", clock: Callable[[], float] = time.time) -> None:
+        self.place = place
+        self.max_bytes, self._hours = self.LIMITS.get(place, self.FILE_LIMITS)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._connection: Optional[sqlite3.Connection] = None
+
+    def put(self, owner: str, items: Sequence[JSON], response: JSON) -> None:
+        """Keep a response, with the items of its own request."""
+        if self.place == "off":
+            return
+        id, previous = response["id"], response["previous_response_id"] or ""
+        texts = [dumps(items).decode("ascii"), dumps(response).decode("ascii")]
+        row = (owner, id, previous, self._clock(), sum(map(len, texts)), *texts)
+        named = [(owner, item["id"], id) for item in response["output"]]
+        with self._database() as database:
+            database.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            database.executemany("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", named)
+            self._forget(database)
+
+    def response(self, owner: str, id: str) -> Optional[JSON]:
+        """Return a response as it was given."""
+        row = self._row(owner, id)
+        return None if row is None else object_or_empty(json.loads(row[2]))
+
+    def history(self, owner: str, id: str) -> Optional[List[JSON]]:
+        """Return all items up to and with a response; None if any of them is gone."""
+        items = self._before(owner, id)
+        return None if items is None else [*items[0], *items[1]]
+
+    def input_items(self, owner: str, id: str) -> Optional[List[JSON]]:
+        """Return the items that a response was made of, each with an id."""
+        items = self._before(owner, id)
+        return None if items is None else with_ids(items[0], id)
+
+    def _before(self, owner: str, id: str) -> Optional[Tuple[List[JSON], List[JSON]]]:
+        """What a response was made of, and what it said."""
+        items: List[JSON] = []
+        said: Optional[List[JSON]] = None
+        while id or said is None:
+            row = self._row(owner, id)
+            if row is None:
+                return None
+            output = json.loads(row[2])["output"]
+            items = [*json.loads(row[1]), *(output if said is not None else []), *items]
+            said, id = output if said is None else said, row[0]
+        return items, said
+
+    def item(self, owner: str, id: str) -> Optional[JSON]:
+        """Return an item of an earlier response."""
+        query = "SELECT response FROM items WHERE owner = ? AND id = ?"
+        with self._database() as database:
+            found = database.execute(query, (owner, id)).fetchone()
+        output = (self.response(owner, found[0]) or {"output": []})["output"] if found else []
+        return next((item for item in output if item["id"] == id), None)
+
+    def delete(self, owner: str, id: str) -> bool:
+        """Forget a response; False if there is none."""
+        with self._database() as database:
+            query = "DELETE FROM responses WHERE owner = ? AND id = ?"
+            return bool(database.execute(query, (owner, id)).rowcount)
+
+    def close(self) -> None:
+        """Close the database."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = None
+
+    __del__ = close
+
+    def _row(self, owner: str, id: str) -> Optional[Tuple[str, str, str]]:
+        """The previous response, the input and the response itself."""
+        key = (owner, id)
+        with self._database() as database:
+            update = "UPDATE responses SET used = ? WHERE owner = ? AND id = ?"
+            database.execute(update, (self._clock(), *key))
+            query = "SELECT previous, input, response FROM responses WHERE owner = ? AND id = ?"
+            row: Optional[Tuple[str, str, str]] = database.execute(query, key).fetchone()
+            return row
+
+    def check(self) -> None:
+        """Open the database; StoreFault if that cannot be done."""
+        with self._database():
+            pass
+
+    @contextlib.contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        """The database, for one transaction."""
+        try:
+            import sqlite3  # most programs never need it
+        except ImportError:
+            raise StoreFault("this Python has no sqlite3; use --responses-store off") from None
+        with self._lock:
+            try:
+                if self._connection is None:
+                    path = ":memory:" if self.place in ("memory", "off") else self._file()
+                    wait = self.LOCK_SECONDS
+                    database = sqlite3.connect(path, timeout=wait, check_same_thread=False)
+                    self._connection = _with_tables(database)
+                with self._connection:
+                    yield self._connection
+            except (sqlite3.Error, OSError) as error:
+                raise StoreFault(f"the store of responses ({self.place}): {error}") from None
+
+    def _file(self) -> str:
+        """The path of the file, which only its owner may read."""
+        path = os.path.expanduser(self.place)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        return path
+
+    def _forget(self, database: sqlite3.Connection) -> None:
+        oldest = (self._clock() - self._hours * 3600,)
+        gone = database.execute("DELETE FROM responses WHERE used < ?", oldest).rowcount
+        query = "SELECT sum(bytes) FROM responses"
+        while (database.execute(query).fetchone()[0] or 0) > self.max_bytes:
+            first = "(SELECT rowid FROM responses ORDER BY used LIMIT 1)"
+            gone += database.execute(f"DELETE FROM responses WHERE rowid = {first}").rowcount
+        if gone:
+            database.execute("DELETE FROM items WHERE response NOT IN (SELECT id FROM responses)")
+
+
+def _with_tables(database: sqlite3.Connection) -> sqlite3.Connection:
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(database.close)
+        database.executescript(_STORE_TABLES)
+        on_failure.pop_all()
+    return database
+
+
+_STORE_TABLES = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+CREATE TABLE IF NOT EXISTS responses (
+    owner TEXT, id TEXT, previous TEXT, used REAL, bytes INTEGER, input TEXT, response TEXT,
+    PRIMARY KEY (owner, id)
+);
+CREATE INDEX IF NOT EXISTS responses_by_use ON responses (used, bytes);
+CREATE TABLE IF NOT EXISTS items (owner TEXT, id TEXT, response TEXT, PRIMARY KEY (owner, id));
+"""
+
+
+def kept_key(path: str) -> bytes:
+    """Return the key in a file that only its owner may read, made if it is not there; OSError.
+
+    Without a path the key is a new one.
+    """
+    if not path:
+        return secrets.token_bytes(32)
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        draft = f"{path}.{secrets.token_hex(8)}"
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32) + "\n")
+        try:
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                os.link(draft, path)
+        finally:
+            os.unlink(draft)
+    with open(path, encoding="ascii", errors="replace") as file:
+        text = file.read(1000).strip()
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise OSError(errno.EINVAL, "holds no key of 64 hexadecimal digits")
+    return bytes.fromhex(text)
+
+
 class Catalogue:
     """What is known of models: upstream's own list, the table, and what refusals taught."""
 
@@ -4776,18 +6212,26 @@ class Policy(NamedTuple):
     strict: bool = False  # a field without effect is a 400
     retries: RetryPolicy = RetryPolicy()
     live_models: bool = True
+    responses_store: str = "memory"  # off, memory, or the file of a database
     allowed_origins: FrozenSet[str] = frozenset()  # of web pages that may call
 
 
-class Form(NamedTuple):
+class ChatForm(NamedTuple):
     """One of the two forms of OpenAI's completions."""
 
     encoder: Type[ChatStreamEncoder]
     whole: Callable[[Sequence[JSON], ChatReply], JSON]
 
 
-CHAT_FORM = Form(ChatStreamEncoder, chat_from_messages)
-LEGACY_FORM = Form(CompletionStreamEncoder, completion_from_messages)
+CHAT_FORM = ChatForm(ChatStreamEncoder, chat_from_messages)
+LEGACY_FORM = ChatForm(CompletionStreamEncoder, completion_from_messages)
+
+
+class Form(NamedTuple):
+    """How one answer is given: streamed, or whole, made of one message per choice."""
+
+    encoder: EventSink
+    whole: Callable[[Sequence[JSON]], JSON]
 
 
 MAX_CURES = 4  # of one request; each costs a round trip
@@ -4832,7 +6276,16 @@ ROUTES: Tuple[Route, ...] = (
     Route(_READ, "/v1/models", "models", "models with limits and capabilities, for both SDKs"),
     Route(_READ, "/v1/chat/models", "models", "the same"),
     Route(_READ, "/v1/models/{id}", "model", "one model, by id or alias"),
-    Route(("GET",), "/v1/responses", "responses", "426 for a WebSocket; the rest is not there yet"),
+    Route(
+        ("GET", "POST"), "/v1/responses", "responses", "OpenAI's Responses; GET: 426, no WebSocket"
+    ),
+    Route(("POST",), "/v1/responses/input_tokens", "input_tokens", "how long the input is"),
+    Route(("POST",), "/v1/responses/compact", "compact", "a conversation as a summary"),
+    Route(("POST",), "/v1/responses/{id}/cancel", "cancel", "400: nothing runs in the background"),
+    Route(
+        _READ, "/v1/responses/{id}/input_items", "input_items", "what a stored answer was made of"
+    ),
+    Route(("GET", "HEAD", "DELETE"), "/v1/responses/{id}", "response", "a stored answer"),
     Route(_READ, "/", "health", "is it up", True),
     Route(_READ, "/v1", "health", "is it up", True),
     Route(_READ, "/health", "health", "is it up; `?deep=1`: is the credential taken", True),
@@ -4895,6 +6348,9 @@ _RELAYED_TO_UPSTREAM = re.compile(
 _RELAYED_TO_CLIENT = re.compile(
     r"anthropic-.*|request-id|retry-after|retry-after-ms|x-should-retry|content-type|content-disposition"
 )
+# Codex sends a request again, six times in all, on these; a 400 it believes.
+CODEX_REPEATS = {404: 400, 413: 400, 422: 400}
+
 _RATE_LIMITS = re.compile(r"anthropic-ratelimit-(requests|tokens)-(limit|remaining|reset)")
 
 
@@ -4915,12 +6371,20 @@ def openai_headers(headers: HeaderList, now: float) -> HeaderList:
 
 def duration(until: str, now: float) -> str:
     """Return the time from `now` until an RFC 3339 instant as OpenAI writes it, such as 6m0s."""
-    try:
-        seconds = datetime.fromisoformat(until.replace("Z", "+00:00")).timestamp() - now
-    except ValueError:
+    instant = _instant(until)
+    if instant is None:
         return until
+    seconds = instant - now
     minutes, rest = divmod(max(0, math.ceil(seconds)), 60)
     return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+
+
+@functools.lru_cache(maxsize=64)
+def _instant(text: str) -> Optional[float]:
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return None
 
 
 # --- the description of the endpoints
@@ -4970,6 +6434,11 @@ REQUEST_SCHEMAS: Dict[str, JSON] = {
         input=_TEXT_SCHEMA,
         stream=_STREAM_SCHEMA,
     ),
+    **dict.fromkeys(
+        ("compact", "input_tokens"),
+        _object_schema(("model", "input"), model=_MODEL_SCHEMA, input=_TEXT_SCHEMA),
+    ),
+    "cancel": _object_schema(()),
     "messages": _object_schema(
         ("model", "messages"),
         model=_MODEL_SCHEMA,
@@ -5078,13 +6547,18 @@ class App:
         self.log = log
         self.catalogue = Catalogue()
         self.memory = ThinkingMemory()
+        self.store = ResponseStore(policy.responses_store)
+        self.sealing_key_file = ""  # made when first needed; without, the key ends with the process
+        self._sealing_key = b""
+        self._sealing_lock = threading.Lock()
         self._health: Tuple[float, JSON] = (-math.inf, {})
         self.draining = False  # the server is about to stop
         self._threads: List[threading.Thread] = []
 
     def close(self) -> None:
-        """Let go of upstream."""
+        """Let go of upstream and of the store."""
         self.upstream.close()
+        self.store.close()
         for thread in self._threads:
             thread.join(GET_SECONDS)
 
@@ -5101,8 +6575,6 @@ class App:
         if route is None:
             raise NotFoundError(f"{plain(method)} {plain(path)} is not supported by claude_shim")
         if method not in route.methods:
-            if path == "/v1/responses":
-                raise NotFoundError("POST /v1/responses is not supported by claude_shim yet")
             allow = ", ".join(route.methods)
             message = f"{plain(path)} takes {allow}, not {plain(method)}"
             raise MethodNotAllowedError(message, headers=[("allow", allow)])
@@ -5144,6 +6616,8 @@ class App:
             ]
         else:
             status, body = openai_error(error)
+            if request.method == "POST" and normalised_path(request.path) == "/v1/responses":
+                status = CODEX_REPEATS.get(status, status)
             spent = status == 429 and all(name != "retry-after" for name, _ in headers)
             if spent:  # a limit on spending: trying again is in vain
                 headers.append(("x-should-retry", "false"))
@@ -5151,6 +6625,20 @@ class App:
             kept += [(k, v) for k, v in headers if k in _OWN_HEADERS]
             kept += [("x-request-id", v) for k, v in headers if k == "request-id"]
         return Response(status, kept, dumps(body).replace(b"<", b"\\u003c"))  # it may quote markup
+
+    def sealing_key(self) -> bytes:
+        """Return the key of the envelopes, made when it is first needed."""
+        with self._sealing_lock:
+            self._sealing_key = self._sealing_key or self._kept_key()
+            return self._sealing_key
+
+    def _kept_key(self) -> bytes:
+        try:
+            return kept_key(self.sealing_key_file)
+        except OSError as error:
+            reason = f"{self.sealing_key_file}: {error.strerror}"
+            self.log.once(f"note: sealed thinking ends with this process: {reason}")
+            return kept_key("")
 
     # --- OpenAI's completions
 
@@ -5174,30 +6662,40 @@ class App:
         return body
 
     def _complete(
-        self, request: Request, body: JSON, bodies: List[JSON], form: Form
+        self, request: Request, body: JSON, bodies: List[JSON], form: ChatForm
     ) -> Conversation[Response]:
-        self._refresh_models(request)
-        id = self._model_id(as_text(body.get("model"), "model"))
+        id = self._requested_model(request, body)
         drafts = [messages_request_from_chat(b, id, self.memory.recall) for b in bodies]
         questions = [draft for draft in drafts for _ in range(draft.n)]
-        stream = body.get("stream") is not None and as_boolean(body["stream"], "stream")
+        stream = asks_for_stream(body)
         if stream and len(questions) > 1:
             raise RequestError("one choice only with stream; ask for more without it", param="n")
         if len(questions) > MAX_CHOICES:
             raise RequestError(f"at most {MAX_CHOICES} choices in all", param="prompt")
-        self._check_strict(drafts[0])
         reply = ChatReply.to(drafts[0], int(time.time()))
-        asked = yield from self._ask_all(request, questions)
-        headers = [*self._answer_headers(asked[0], drafts[0])]
+        encoder = form.encoder(reply, self.memory.remember)
+        made = Form(encoder, lambda messages: form.whole(messages, reply))
+        return (yield from self._answered(request, questions, stream, made))
+
+    def _requested_model(self, request: Request, body: JSON) -> str:
+        self._refresh_models(request)
+        return self._model_id(as_text(body.get("model"), "model"))
+
+    def _answered(
+        self, request: Request, drafts: Sequence[Draft], stream: bool, form: Form
+    ) -> Conversation[Response]:
+        """Put the questions to upstream, and give their answers in one form."""
+        self._check_strict(drafts[0])
+        asked = yield from self._ask_all(request, drafts)
+        head = Response(200, self._answer_headers(asked[0], drafts[0]))
+        head = head._replace(model=str(drafts[0].request["model"]))
         if stream:
-            transform = EventTransform(form.encoder(reply, self.memory.remember))
-            return Response(200, headers, Stream(asked[0].source, transform), id)
-        return self._gathered(request, asked, Response(200, headers, b"", id), (form, reply))
+            return head._replace(body=Stream(asked[0].source, EventTransform(form.encoder)))
+        return self._gathered(request, asked, head, form)
 
     def _gathered(
-        self, request: Request, asked: List[Asked], head: Response, made: Tuple[Form, ChatReply]
+        self, request: Request, asked: List[Asked], head: Response, form: Form
     ) -> Response:
-        form, reply = made
         sinks = [GatheringSink() for _ in asked]
         streams = [Stream(a.source, EventTransform(sink)) for a, sink in zip(asked, sinks)]
 
@@ -5208,28 +6706,30 @@ class App:
             messages = [sink.message for sink in sinks if sink.message]
             for message in messages:
                 self.memory.remember(*calls_and_thinking(message))
+            try:
+                body = dumps(form.whole(messages))
+            except ShimError as error:
+                return self.failure(error, request)
             json_type = [("content-type", "application/json")]
-            return Response(
-                200, [*head.headers, *json_type], dumps(form.whole(messages, reply)), head.model
-            )
+            return Response(200, [*head.headers, *json_type], body, head.model)
 
         return head._replace(body=Gathered(streams, response))
 
-    def _check_strict(self, draft: ChatDraft) -> None:
+    def _check_strict(self, draft: Draft) -> None:
         for field in draft.ignored:
             if self.policy.strict:
                 message = "this field has no effect on Claude (claude_shim runs with --strict)"
                 raise RequestError(message, param=field)
             self.log.once(f"note: {plain(field)} has no effect on Claude and is ignored")
 
-    def _answer_headers(self, asked: Asked, draft: ChatDraft) -> HeaderList:
+    def _answer_headers(self, asked: Asked, draft: Draft) -> HeaderList:
         ids = [("x-request-id", value) for name, value in asked.headers if name == "request-id"]
         ignored = ",".join(dict.fromkeys(plain(name) for name in (*draft.ignored, *asked.changed)))
         ignored = ignored if len(ignored) <= 2000 else f"{ignored[:2000]}..."  # a header is short
         told = [("x-claude-shim-ignored", ignored)] if ignored else []
         return [*openai_headers(asked.headers, time.time()), *ids, *told]
 
-    def _ask_all(self, request: Request, drafts: List[ChatDraft]) -> Conversation[List[Asked]]:
+    def _ask_all(self, request: Request, drafts: Sequence[Draft]) -> Conversation[List[Asked]]:
         """Ask upstream once per choice; the answers are written while earlier ones are read."""
         asked: List[Asked] = []
         try:
@@ -5242,7 +6742,7 @@ class App:
             raise
         return asked
 
-    def _ask(self, request: Request, draft: ChatDraft) -> Conversation[Asked]:
+    def _ask(self, request: Request, draft: Draft) -> Conversation[Asked]:
         """Ask upstream; a refusal that names what could be left out is cured and asked again."""
         question = draft.finished()
         if not draft.explicit_cache:
@@ -5286,18 +6786,21 @@ class App:
                 return learned
         raise error
 
-    def _post(
-        self, request: Request, body: JSON, betas: Sequence[str]
-    ) -> Conversation[UpstreamResponse]:
-        """Return upstream's answer to a translated request; UpstreamError if it is no stream."""
-        headers = [
+    def _upstream_headers(self, request: Request, betas: Sequence[str], accept: str) -> HeaderList:
+        return [
             ("anthropic-version", "2023-06-01"),
             ("content-type", "application/json"),
-            ("accept", "text/event-stream"),
+            ("accept", accept),
             ("user-agent", f"claude-shim/{__version__}"),
             *self._credential_headers(request.headers),
             *([("anthropic-beta", ",".join(dict.fromkeys(betas)))] if betas else []),
         ]
+
+    def _post(
+        self, request: Request, body: JSON, betas: Sequence[str]
+    ) -> Conversation[UpstreamResponse]:
+        """Return upstream's answer to a translated request; UpstreamError if it is no stream."""
+        headers = self._upstream_headers(request, betas, "text/event-stream")
         call = UpstreamRequest("POST", "/v1/messages", headers, dumps(body), request.watch)
         response = yield from send_with_retries(call, self.policy.retries)
         if response.status != 200:
@@ -5307,6 +6810,118 @@ class App:
             response.source.drop()
             raise UpstreamCutError("upstream did not answer with an event stream")
         return response
+
+    # --- OpenAI's Responses
+
+    def responses(self, request: Request) -> Conversation[Response]:
+        """POST /v1/responses; by GET, Codex asks for a WebSocket here, once."""
+        if request.method != "POST":
+            if "upgrade" not in request.headers:
+                raise NotFoundError("claude_shim lists no responses")
+            message = "claude_shim has no WebSocket; use plain HTTP"
+            raise UpgradeRequiredError(message, headers=[("upgrade", "HTTP/1.1")])
+        body = loads_object(request.body)
+        draft = self._responses_draft(request, body)
+        reply, owner = self._reply_to(draft), self._owner(request)
+
+        def remember(message: JSON, response: JSON) -> None:
+            self.memory.remember(*calls_and_thinking(message))
+            if response["store"]:
+                self._keep(owner, draft, response)
+
+        def whole(messages: Sequence[JSON]) -> JSON:
+            response = response_from_message(messages[0], reply)
+            remember(messages[0], response)
+            return response
+
+        form = Form(ResponsesStreamEncoder(reply, remember), whole)
+        return (yield from self._answered(request, [draft], asks_for_stream(body), form))
+
+    def _responses_draft(self, request: Request, body: JSON) -> ResponsesDraft:
+        owner = self._owner(request)
+        known = Known(
+            self.sealing_key(),
+            self.memory.recall,
+            functools.partial(self.store.item, owner),
+            functools.partial(self.store.history, owner),
+        )
+        draft = messages_request_from_responses(body, self._requested_model(request, body), known)
+        draft.echo["store"] = draft.store and self.store.place != "off"
+        return draft
+
+    @staticmethod
+    def _reply_to(draft: ResponsesDraft) -> ResponsesReply:
+        id = f"resp_{secrets.token_hex(24)}"
+        return ResponsesReply.to(draft, id, lambda: int(time.time()))
+
+    def _owner(self, request: Request) -> str:
+        """Who may see an answer again: the client key that was shown, or what paid for it."""
+        passed = isinstance(self.credential, Passthrough)
+        paid = self._credential_headers(request.headers) if passed else []
+        text = "\n".join([request.key_name, *(value for _, value in paid)])
+        return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+    def _keep(self, owner: str, draft: ResponsesDraft, response: JSON) -> None:
+        try:
+            self.store.put(owner, draft.items, response)
+        except ShimError as error:
+            self.log.once(f"note: a response was not stored: {error.message}")
+
+    def response(self, request: Request) -> Response:
+        """GET and DELETE /v1/responses/{id}."""
+        id, owner = stored_id(request.path), self._owner(request)
+        if request.method == "DELETE":
+            if not self.store.delete(owner, id):
+                raise not_stored(id)
+            return json_response(200, {"id": id, "object": "response", "deleted": True})
+        if "true" in query_values(request.path, "stream"):
+            raise RequestError("a stored response comes whole", param="stream")
+        found = self.store.response(owner, id)
+        if found is None:
+            raise not_stored(id)
+        return json_response(200, found)
+
+    def input_items(self, request: Request) -> Response:
+        """GET /v1/responses/{id}/input_items, the newest first unless `order=asc`."""
+        id = stored_id(request.path)
+        items = self.store.input_items(self._owner(request), id)
+        if items is None:
+            raise not_stored(id)
+        return json_response(200, item_page(items, request.path))
+
+    def cancel(self, request: Request) -> Response:
+        """POST /v1/responses/{id}/cancel."""
+        raise RequestError("only background responses can be cancelled, and there are none")
+
+    def compact(self, request: Request) -> Conversation[Response]:
+        """POST /v1/responses/compact."""
+        body = compaction_request(loads_object(request.body))
+        draft = self._responses_draft(request, body)
+        reply = self._reply_to(draft)
+
+        def whole(messages: Sequence[JSON]) -> JSON:
+            return compacted(response_from_message(messages[0], reply), draft)
+
+        form = Form(GatheringSink(), whole)
+        return (yield from self._answered(request, [draft], False, form))
+
+    def input_tokens(self, request: Request) -> Conversation[Response]:
+        """POST /v1/responses/input_tokens; an estimate where upstream does not count."""
+        draft = self._responses_draft(request, loads_object(request.body))
+        fitted = adapted(draft.finished(), self.catalogue.model(str(draft.request["model"])))
+        counted = {k: v for k, v in fitted.request.items() if k in COUNTED_FIELDS}
+        headers = self._upstream_headers(request, draft.betas, "application/json")
+        path, body = "/v1/messages/count_tokens", dumps(counted)
+        response = yield UpstreamRequest("POST", path, headers, body, request.watch)
+        answer = object_or_empty(parsed_or_none(read_error_body(response)))
+        told: JSON = {"object": "response.input_tokens"}
+        if response.status in (403, 404, 405, 501):
+            estimate = max(1, math.ceil(len(body) / 3.2))
+            answered = json_response(200, {**told, "input_tokens": estimate})
+            return answered._replace(headers=[*answered.headers, ESTIMATED])
+        if response.status != 200:
+            raise upstream_error(response.status, answer, response.headers)
+        return json_response(200, {**told, "input_tokens": token_count(answer, "input_tokens")})
 
     # --- Anthropic's messages and the rest, relayed
 
@@ -5324,7 +6939,7 @@ class App:
         if response.status not in (403, 404, 405, 501):
             return response
         estimate = max(1, math.ceil(len(request.body) / 3.2))
-        headers = [("content-type", "application/json"), ("x-claude-shim-estimate", "true")]
+        headers = [("content-type", "application/json"), ESTIMATED]
         return Response(200, headers, dumps({"input_tokens": estimate}), response.model)
 
     def _relayed_with_model(self, request: Request, body: JSON) -> Conversation[Response]:
@@ -5460,18 +7075,44 @@ class App:
         reason = upstream_error(response.status, body).message
         return {"status": "failed", "credential": "refused", "reason": self.log.masked(reason)}
 
-    def responses(self, request: Request) -> Response:
-        """GET /v1/responses: Codex asks for a WebSocket here, once."""
-        if "upgrade" in request.headers:
-            message = "claude_shim has no WebSocket; use plain HTTP"
-            raise UpgradeRequiredError(message, headers=[("upgrade", "HTTP/1.1")])
-        raise NotFoundError("no responses are stored here")
+
+def query_values(target: str, name: str) -> List[str]:
+    """Return the values that the query of a request target gives `name`."""
+    _, question, query = target.partition("?")
+    return urllib.parse.parse_qs(query).get(name, []) if question else []
 
 
 def asks_deep(target: str) -> bool:
     """Return whether a health check is to ask upstream, too."""
-    _, question, query = target.partition("?")
-    return bool(question) and "1" in urllib.parse.parse_qs(query).get("deep", [])
+    return "1" in query_values(target, "deep")
+
+
+def asks_for_stream(body: JSON) -> bool:
+    """Return whether an answer is to be streamed; null says no."""
+    return body.get("stream") is not None and as_boolean(body["stream"], "stream")
+
+
+def stored_id(target: str) -> str:
+    """Return the id in the path of a stored response."""
+    path = normalised_path(target)[len("/v1/responses/") :]
+    return urllib.parse.unquote(re.sub(r"/input_items$", "", path))
+
+
+def not_stored(id: str) -> NotStoredError:
+    """Return the error for a response that is not kept for this client."""
+    return NotStoredError(f"Response with id '{plain(id)}' not found.")
+
+
+def item_page(items: Sequence[JSON], target: str) -> JSON:
+    """Return the page of `items` that a query asks for by order, after and limit."""
+    ordered = list(items) if "asc" in query_values(target, "order") else list(reversed(items))
+    after = next(iter(query_values(target, "after")), "")
+    ids = [item.get("id") for item in ordered]
+    start = ids.index(after) + 1 if after in ids else 0
+    limit = next(iter(query_values(target, "limit")), "20")
+    end = start + min(100, max(1, int(limit) if limit.isdecimal() else 20))
+    page = ordered[start:end]
+    return {**one_page(page), "has_more": end < len(ordered)}
 
 
 class GatheringSink(MessageAssembler):
@@ -5495,6 +7136,13 @@ def json_response(status: int, body: JSON) -> Response:
     """Return an answer with a JSON body."""
     return Response(status, [("content-type", "application/json")], dumps(body))
 
+
+ESTIMATED = ("x-claude-shim-estimate", "true")
+
+# What counting tokens takes of a Messages request.
+COUNTED_FIELDS = frozenset(
+    "model messages system tools tool_choice thinking mcp_servers cache_control".split()
+)
 
 MAX_SMALL_BODY = 4 << 20
 
@@ -5665,8 +7313,6 @@ def request_framing(head: Head, max_body: int) -> Framing:
     """Return how the body of a request ends (RFC 9112 6); a ProtocolError if that is ambiguous."""
     codings, lengths = head.values("transfer-encoding"), head.values("content-length")
     content_coding(head)
-    if len(head.values("content-type")) > 1:
-        raise ProtocolError("expected one Content-Type header")
     if codings:
         if lengths or head.minor_version == 0:
             raise ProtocolError("Transfer-Encoding together with Content-Length or HTTP/1.0")
@@ -6751,7 +8397,8 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         head = self._head
         assert head is not None
         watch = ClientWatch(self.request)
-        request = Request(head.method, head.target, head.headers(), body, self._request_id, watch)
+        asked = (head.method, head.target, head.headers(), body, self._request_id, watch)
+        request = Request(*asked, self._key_name)
         self._exchange = exchange = Exchange(self, request, content_coding(head))
         try:
             self.server.gate.enter(exchange)
@@ -7191,6 +8838,7 @@ class Settings(NamedTuple):
     prompt_cache: str
     strict: bool
     max_body: int
+    responses_store: str
     retries: int
     connect_timeout: float
     first_byte_timeout: float
@@ -7422,6 +9070,13 @@ OPTIONS: Tuple[Option, ...] = (
     ),
     Option("strict", _flag, "no", "refuse a field that would have no effect"),
     Option("max-body", _size, "32M", "largest request body", "SIZE"),
+    Option(
+        "responses-store",
+        _text,
+        "memory",
+        "where answers of the Responses API can be named later: off, memory or a FILE (SQLite)",
+        "PLACE",
+    ),
     Option("retries", _count, "2", "tries after the first while upstream is overloaded", "N"),
     Option("connect-timeout", _seconds, "10", "seconds to reach upstream", "S"),
     Option("first-byte-timeout", _seconds, "300", "seconds until upstream starts to answer", "S"),
@@ -7460,6 +9115,12 @@ def config_path(environment: Dict[str, str]) -> str:
     home = environment.get("HOME") or "/nonexistent"
     folder = environment.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
     return os.path.join(folder, "claude-shim", "config.ini")
+
+
+def sealing_key_path(config: str) -> str:
+    """Return where the key of the envelopes is kept: beside the configuration file."""
+    folder = os.path.dirname(os.path.abspath(os.path.expanduser(config)))
+    return os.path.join(folder, "sealing.key")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -7647,6 +9308,7 @@ def policy_from(settings: Settings, keys: ClientKeys) -> Policy:
         RetryPolicy(settings.retries),
         settings.upstream != "echo",
         allowed_origins=frozenset(settings.allow_origin),
+        responses_store=settings.responses_store,
     )
 
 
@@ -7668,13 +9330,21 @@ def secrets_of(settings: Settings, credential: Credential, keys: ClientKeys) -> 
     return [*credential.secrets(), *keys.secrets(), *added]
 
 
-def server_from(settings: Settings, environment: Dict[str, str], log_to: TextIO) -> Server:
-    """Return the server, bound but not serving yet; ConfigError when a setting is wrong."""
+def server_from(
+    settings: Settings, environment: Dict[str, str], log_to: TextIO, config: Optional[str] = None
+) -> Server:
+    """Return the server, bound but not serving yet; ConfigError when a setting is wrong.
+
+    `config` is the configuration file in use, if it is not the usual one.
+    """
     keys = client_keys_from(settings, environment)
     credential = credential_from(settings, environment)
     context = listener_context(settings)
     log = Log(log_to, secrets_of(settings, credential, keys), settings.quiet)
     app = App(upstream_from(settings), credential, policy_from(settings, keys), log)
+    app.sealing_key_file = sealing_key_path(config or config_path(environment))
+    if settings.responses_store not in ("off", "memory"):
+        _check_store(app.store)
     limits, host = limits_from(settings), listening_host(settings, environment)
     try:
         server = Server(app, host, settings.port, limits=limits, allowed_hosts=settings.allow_host)
@@ -7731,6 +9401,13 @@ def descriptor_limit() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
     return wanted if soft == resource.RLIM_INFINITY else soft
+
+
+def _check_store(store: ResponseStore) -> None:
+    try:
+        store.check()
+    except StoreFault as error:
+        raise ConfigError(f"--responses-store: {error.message}") from None
 
 
 def _cannot_listen(settings: Settings, error: Exception) -> str:
@@ -7795,7 +9472,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             upstream_from(settings).close()
             print(f"{shown_settings(settings)}\ncredential = {credential.describe()}")
             return 0
-        server = server_from(settings, environment, sys.stderr)
+        server = server_from(settings, environment, sys.stderr, arguments.config)
     except ConfigError as error:
         print(f"claude_shim: {error}", file=sys.stderr)
         return 2
