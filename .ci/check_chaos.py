@@ -21,7 +21,20 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Optional
 
-from faults import FAULTS, SILENCE, Client, Gone, Plan, Upstream, answer, failing_upstream, judged
+from faults import (
+    APIS,
+    CHAT,
+    FAULTS,
+    MESSAGES,
+    SILENCE,
+    Client,
+    Gone,
+    Plan,
+    Upstream,
+    answer,
+    failing_upstream,
+    judged,
+)
 from wire import LONG, SEED, Shim, back_to, check, connected, held, post, run, shim
 
 CLIENTS, SECONDS, REQUESTS = 64, 20, 100_000 if LONG else 10_000
@@ -47,9 +60,9 @@ class Crowd:
             number = self.number
         fault = chance.choices(list(FAULTS), list(FAULTS.values()))[0]
         vanish = chance.random() * 0.3 if chance.random() < 0.06 else 0.0
-        streamed, openai = chance.random() < 0.6, chance.random() < 0.6
+        streamed, api = chance.random() < 0.6, chance.choice(APIS)
         words = chance.randint(1, 30)
-        return Plan(number, fault, chance.random(), words, streamed, openai, vanish)
+        return Plan(number, fault, chance.random(), words, streamed, api, vanish)
 
     def client(self, index: int) -> None:
         chance, client = random.Random(SEED * 1000 + index), Client(self.port)
@@ -89,7 +102,7 @@ def let_go(upstream: Upstream, server: Shim) -> None:
     """Ends idle connections to upstream: that they are closed is noticed by the next request."""
     upstream.told("close")
     time.sleep(0.2)
-    calm, client = Plan(0, "none", 0.0, 3, True, True, 0.0), Client(server.port)
+    calm, client = Plan(0, "none", 0.0, 3, True, CHAT, 0.0), Client(server.port)
     assert judged(calm, *client.asked(calm)) == "right"
     client.close()
 
@@ -130,10 +143,10 @@ def chaos() -> str:
 
 
 def each_offset() -> Iterator[Plan]:
-    """The same answer, cut before each of its bytes, in both dialects, streamed and not."""
-    for streamed, openai in itertools.product((True, False), (True, False)):
-        plan = Plan(1, "cut", 0.0, 3, streamed, openai, 0.0)
-        size = len(answer(plan, streamed or openai))  # upstream is asked for a stream, to translate
+    """The same answer, cut before each of its bytes, in all dialects, streamed and not."""
+    for streamed, api in itertools.product((True, False), APIS):
+        plan = Plan(1, "cut", 0.0, 3, streamed, api, 0.0)
+        size = len(answer(plan, streamed or api != MESSAGES))  # to translate, a stream is asked for
         for offset, fault in itertools.product(range(size), ("cut", "reset")):
             yield plan._replace(place=(offset + 0.5) / size, fault=fault)
 
@@ -174,15 +187,14 @@ def every_offset() -> str:
 
 @check("a client that vanishes, in any phase: its upstream connection is closed within a second")
 def vanished() -> str:
-    phases = list(itertools.product((True, False), (True, False), range(10)))
+    phases = list(itertools.product((True, False), APIS, range(10)))
     gone: dict[int, float] = {}
     with failing_upstream() as upstream, shim_before(upstream, "--retries", "0") as server:
-        for number, (streamed, openai, phase) in enumerate(phases * (10 if LONG else 3), 1):
-            plan = Plan(number, "hold", phase / 10, 5, streamed, openai, 0.0)
+        for number, (streamed, api, phase) in enumerate(phases * (10 if LONG else 2), 1):
+            plan = Plan(number, "hold", phase / 10, 5, streamed, api, 0.0)
             client = Client(server.port)
             client.sock = connected(server.port)
-            path = "/v1/chat/completions" if openai else "/v1/messages"
-            client.sock.sendall(post(path, plan.body()))
+            client.sock.sendall(post(api.path, plan.body()))
             client.sock.settimeout(0.05)  # some phases show nothing to the client
             with contextlib.suppress(socket.timeout):
                 client.sock.recv(1 << 16)

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
-from faults import Plan, Upstream, failing_upstream, judged
+from faults import APIS, CHAT, MESSAGES, Plan, Upstream, failing_upstream, judged
 from wire import (
     HEALTH,
     LAST,
@@ -35,8 +35,6 @@ from wire import (
     shim,
 )
 
-PATHS = {True: "/v1/chat/completions", False: "/v1/messages"}
-
 
 @contextlib.contextmanager
 def before(*options: str, ends: bool = False, **environment: str) -> Iterator[tuple[Upstream,
@@ -52,7 +50,7 @@ Shim]]:
 def begun(port: int, plan: Plan) -> socket.socket:
     """A connection on which the plan was asked for."""
     sock = connected(port)
-    sock.sendall(post(PATHS[plan.openai], plan.body()))
+    sock.sendall(post(plan.api.path, plan.body()))
     return sock
 
 
@@ -77,7 +75,7 @@ def until(condition: str, test: object, seconds: float = 10.0) -> None:
 
 def held_open(upstream: Upstream, port: int, count: int) -> dict[Plan, socket.socket]:
     """So many streams that have begun and do not go on, in both dialects."""
-    plans = [Plan(n, "hold", 0.6, 5, True, n % 2 == 0, 0.0) for n in range(1, count + 1)]
+    plans = [Plan(n, "hold", 0.6, 5, True, APIS[n % 3], 0.0) for n in range(1, count + 1)]
     open_ones = {plan: begun(port, plan) for plan in plans}
     for sock in open_ones.values():
         assert sock.recv(12) == b"HTTP/1.1 200"
@@ -90,7 +88,7 @@ def held_open(upstream: Upstream, port: int, count: int) -> dict[Plan, socket.so
 @check("1,000 requests at once through 64 places: all are answered")
 def queue() -> str:
     with before("--max-concurrent", "64", "--max-waiting", "2000", "--quiet") as (_, server):
-        plans = [Plan(n, "slow", 0.0, 3, n % 2 == 0, n % 4 < 2, 0.0) for n in range(1000)]
+        plans = [Plan(n, "slow", 0.0, 3, n % 2 == 0, APIS[n % 3], 0.0) for n in range(1000)]
         start = time.monotonic()
         socks = [(plan, begun(server.port, plan)) for plan in plans]
         found = Counter(ended(plan, sock) for plan, sock in socks)
@@ -101,7 +99,7 @@ def queue() -> str:
 @check("more than may wait: the rest are told when to come again, and none is dropped")
 def full() -> str:
     with before("--max-concurrent", "4", "--max-waiting", "20", "--quiet") as (_, server):
-        plans = [Plan(n, "slow", 0.0, 3, False, n % 2 == 0, 0.0) for n in range(200)]
+        plans = [Plan(n, "slow", 0.0, 3, False, APIS[n % 3], 0.0) for n in range(200)]
         socks = [(plan, begun(server.port, plan)) for plan in plans]
         found: Counter[str] = Counter()
         for plan, sock in socks:
@@ -109,7 +107,7 @@ def full() -> str:
             sock.close()
             found[judged(plan, answer.status, answer.body, answer.whole)] += 1
             if answer.status != 200:
-                assert answer.status in ((429, 503) if plan.openai else (429, 529)), answer
+                assert answer.status in ((429, 503) if plan.api != MESSAGES else (429, 529)), answer
                 assert float(answer.headers.get("retry-after", "nan")) > 0, answer
         assert set(found) == {"right", "error"} and found["right"] >= 24, found
         return f"{dict(found)}"
@@ -119,12 +117,12 @@ def full() -> str:
 def vanished_in_queue() -> str:
     with before("--max-concurrent", "1", "--max-waiting", "50", "--quiet") as (upstream, server):
         (sock,) = held_open(upstream, server.port, 1).values()
-        waiting = [begun(server.port, Plan(n, "none", 0.0, 3, False, True,
-        0.0)) for n in range(50, 70)]
+        plans = [Plan(n, "none", 0.0, 3, False, APIS[n % 3], 0.0) for n in range(50, 70)]
+        waiting = [begun(server.port, plan) for plan in plans]
         time.sleep(0.5)
         for one in waiting:
             one.close()
-        last = Plan(99, "none", 0.0, 3, False, True, 0.0)
+        last = Plan(99, "none", 0.0, 3, False, CHAT, 0.0)
         stays = begun(server.port, last)
         time.sleep(0.5)
         sock.close()
@@ -141,7 +139,7 @@ def vanished_in_queue() -> str:
 @check("SIGTERM: running streams come to their end, idle connections close, nobody new is taken")
 def drained() -> str:
     with before("--quiet", ends=True) as (_, server):
-        plans = [Plan(n, "slow", 0.99, 20, n % 3 > 0, n % 2 == 0, 0.0) for n in range(1, 51)]
+        plans = [Plan(n, "slow", 0.99, 20, n % 2 > 0, APIS[n % 3], 0.0) for n in range(1, 51)]
         socks = [(plan, begun(server.port, plan)) for plan in plans]
         idle = [connected(server.port) for _ in range(20)]
         for sock in idle[:10]:
@@ -194,9 +192,9 @@ def drain_over() -> str:
         for plan, sock in open_ones.items():
             raw, _ = received(sock, silence=15)
             sock.close()
-            mark = b'data: {"error":' if plan.openai else b"event: error\n"
-            regular = b"[DONE]" in raw or b"message_stop" in raw or raw.endswith(b"\r\n0\r\n\r\n")
-            found["an error" if mark in raw and not regular else f"not told: {raw[-200:]!r}"] += 1
+            regular = plan.api.end in raw or raw.endswith(b"\r\n0\r\n\r\n")
+            right = plan.api.told in raw and not regular
+            found["an error" if right else f"not told: {raw[-200:]!r}"] += 1
         code, seconds = server.exit_code(10), time.monotonic() - start
         all_of([text for text in found if text != "an error"])
         assert seconds < 4, f"{seconds:.1f} s"
@@ -222,8 +220,8 @@ def twice() -> str:
 
 
 def status_with(port: int, key: str) -> int:
-    plan = Plan(7, "none", 0.0, 2, False, True, 0.0)
-    raw, _ = exchanged(port, post(PATHS[True], plan.body(), f"Authorization: Bearer {key}"))
+    plan = Plan(7, "none", 0.0, 2, False, CHAT, 0.0)
+    raw, _ = exchanged(port, post(plan.api.path, plan.body(), f"Authorization: Bearer {key}"))
     return answers(raw)[0].status
 
 
@@ -238,10 +236,10 @@ def reloaded() -> str:
 
         write("first-key-of-the-test\n")
         with before("--quiet", "--client-key-file", path) as (_, server):
-            plan = Plan(1, "slow", 0.99, 20, True, True, 0.0)
+            plan = Plan(1, "slow", 0.99, 20, True, CHAT, 0.0)
             sock = connected(server.port)
             key = "Authorization: Bearer first-key-of-the-test"
-            sock.sendall(post(PATHS[True], plan.body(), key))
+            sock.sendall(post(plan.api.path, plan.body(), key))
             time.sleep(0.1)
             write("second-key-of-the-test\n")
             os.kill(server.pid, signal.SIGHUP)

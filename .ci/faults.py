@@ -33,6 +33,20 @@ FAULTS = {
 }  # fmt: skip
 
 
+class API(NamedTuple):
+    """One of the dialects of the shim, as its clients see it."""
+
+    path: str
+    end: bytes  # in a stream that came to its end
+    told: bytes  # in one that failed
+
+
+CHAT = API("/v1/chat/completions", b"data: [DONE]\n", b'data: {"error":')
+RESPONSES = API("/v1/responses", b"event: response.completed\n", b"event: response.failed\n")
+MESSAGES = API("/v1/messages", b"event: message_stop\n", b"event: error\n")  # relayed
+APIS = (CHAT, RESPONSES, MESSAGES)
+
+
 class Plan(NamedTuple):
     """One request: what upstream is told to do, and what the client does."""
 
@@ -41,7 +55,7 @@ class Plan(NamedTuple):
     place: float  # where in the answer
     words: int
     streamed: bool
-    openai: bool
+    api: API
     vanish: float  # seconds after which the client is gone; 0: it stays
 
     def text(self) -> str:
@@ -50,9 +64,10 @@ class Plan(NamedTuple):
     def body(self) -> bytes:
         told = json.dumps([self.number, self.fault, self.place, self.words])
         messages = [{"role": "user", "content": f"<<{told}>>"}]
-        more = {"stream": True} if self.streamed else {}
-        limit = {} if self.openai else {"max_tokens": 100}
-        return json.dumps({"model": "opus", "messages": messages, **more, **limit}).encode()
+        asked = {"input": messages} if self.api == RESPONSES else {"messages": messages}
+        stream = {"stream": True} if self.streamed else {}
+        limit = {"max_tokens": 100} if self.api == MESSAGES else {}
+        return json.dumps({"model": "opus", **asked, **stream, **limit}).encode()
 
 
 # --- upstream -------------------------------------------------------------------------------------
@@ -260,7 +275,7 @@ class FakeUpstream:
             sock.sendall(sized(200, "application/json", b'{"data": []}'))
             return True
         number, fault, place, words = json.loads(told[1].replace(b'\\"', b'"'))
-        plan = Plan(number, fault, place, words, False, False, 0.0)
+        plan = Plan(number, fault, place, words, False, CHAT, 0.0)
         self.seen.append(number)
         return self.send(sock, made(plan, json.loads(body).get("stream") is True), plan)
 
@@ -315,8 +330,7 @@ class Client:
         if self.sock is None:
             self.sock, self.buffer = connected(self.port), b""
         self.deadline = time.monotonic() + (plan.vanish or 30)
-        path = "/v1/chat/completions" if plan.openai else "/v1/messages"
-        self.sock.sendall(post(path, plan.body()).replace(b"Connection: close\r\n", b""))
+        self.sock.sendall(post(plan.api.path, plan.body()).replace(b"Connection: close\r\n", b""))
         try:
             return self.read()
         except socket.timeout:
@@ -377,8 +391,8 @@ class Client:
 
 def judged(plan: Plan, status: int, body: bytes, complete: bool) -> str:
     """`right`, `error` or `cut off` (no client can take that for whole); else what is wrong."""
-    if status == 502 and not plan.openai and plan.fault == "html" and relayed(plan, body):
-        return "error"
+    if body in FOREIGN and plan.api == MESSAGES:
+        return "error" if status >= 400 else "right"  # handed on as it came, with its type
     if status >= 400:
         told = complete and json.loads(body).get("error", {}).get("message")
         return "error" if told else f"an error that does not say so: {status} {body[:300]!r}"
@@ -386,49 +400,60 @@ def judged(plan: Plan, status: int, body: bytes, complete: bool) -> str:
         return judged_stream(plan, body, complete)
     if not complete:
         return "cut off"
-    if plan.openai:
-        choice = json.loads(body)["choices"][0]
-        right = (choice["message"]["content"], choice["finish_reason"]) == (plan.text(), "stop")
-    else:
-        right = relayed(plan, body)
+    right = said(plan.api, json.loads(body)) == plan.text()
     return "right" if right else f"a wrong answer: {body[:300]!r}"
 
 
 FOREIGN = (b"all is well", b"<html><h1>Bad gateway</h1></html>", b"x" * 100)
 
 
-def relayed(plan: Plan, body: bytes) -> bool:
-    """A relay hands on what is no Messages answer, too, with its content type."""
-    if plan.fault in ("type", "html", "long line"):
-        return body in FOREIGN
-    return bool(json.loads(body)["content"][0]["text"] == plan.text())
+def said(api: API, answer: JSON) -> str:
+    """The text of a whole answer; with a remark if it did not end regularly."""
+    if api == CHAT:
+        choice = answer["choices"][0]
+        text, regular = choice["message"]["content"], choice["finish_reason"] == "stop"
+    elif api == RESPONSES:
+        text = "".join(item["content"][0]["text"] for item in answer["output"])
+        regular = answer["status"] == "completed"
+    else:
+        text, regular = answer["content"][0]["text"], answer["stop_reason"] == "end_turn"
+    return str(text) if regular else f"(not ended regularly) {text}"
 
 
 def judged_stream(plan: Plan, body: bytes, complete: bool) -> str:
-    lines = [line[5:].strip() for line in body.split(b"\n") if line.startswith(b"data:")]
-    if not plan.openai and plan.fault in ("type", "html") and relayed(plan, body):
-        return "right"
-    ended = b"[DONE]" in lines if plan.openai else b"event: message_stop\n" in body
-    if not complete and not ended:
-        told = b'data: {"error":' in body if plan.openai else b"event: error\n" in body
-        return "error" if told else f"cut off without a word: {body[-300:]!r}"
+    ended, told = plan.api.end in body, plan.api.told in body
     if not ended:
-        told = b'"error"' in body
-        return "error" if told else f"ends as if it were whole: {body[-300:]!r}"
-    if b'"error":' in body:
+        return "error" if told else f"cut off without a word ({complete}): {body[-300:]!r}"
+    if told:
         return f"an error, and an end: {body[-300:]!r}"
-    if plan.fault == "bad event" and not plan.openai:
+    if plan.fault == "bad event" and plan.api == MESSAGES:
         return "right"  # relayed byte for byte, for the client to see
-    text, finish = "", []
-    for line in lines:
-        event = json.loads(line) if line != b"[DONE]" else {}
-        for choice in event.get("choices", ()):
-            text += choice["delta"].get("content") or ""
-            finish += [choice["finish_reason"]] if choice["finish_reason"] else []
-        text += event.get("delta", {}).get("text", "")
-        finish += [event["delta"]["stop_reason"]] if event.get("type") == "message_delta" else []
-    right = text == plan.text() and finish in (["stop"], ["end_turn"]) and complete
+    lines = [line[5:].strip() for line in body.split(b"\n") if line.startswith(b"data:")]
+    events = [json.loads(line) for line in lines if line != b"[DONE]"]
+    text, finish = "".join(map(piece, events)), [f for f in map(finished, events) if f]
+    right = text == plan.text() and len(finish) == 1 and finish[0] in REGULAR and complete
     return "right" if right else f"ends, and is not whole: {complete} {body[-300:]!r}"
+
+
+REGULAR = ("stop", "end_turn", "completed")
+
+
+def piece(event: JSON) -> str:
+    """The text that an event of any dialect adds."""
+    if event.get("type") == "response.output_text.delta":
+        return str(event["delta"])
+    if event.get("type") == "content_block_delta":
+        return str(event["delta"].get("text", ""))
+    return "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
+
+
+def finished(event: JSON) -> str:
+    """The reason why an answer ended, in the event that tells it."""
+    if event.get("type") == "message_delta":
+        return str(event["delta"]["stop_reason"])
+    if event.get("type") in ("response.completed", "response.incomplete"):
+        return str(event["response"]["status"])
+    return "".join(choice.get("finish_reason") or "" for choice in event.get("choices", ()))
 
 
 # --- the upstream's process ----------------------------------------------------------------------
