@@ -49,6 +49,7 @@ import ipaddress
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import secrets
@@ -99,6 +100,7 @@ __version__ = "0.1.0"
 __all__ = [
     "APIKey",
     "App",
+    "AuthToken",
     "ChatReply",
     "ChatStreamEncoder",
     "ChunkedDecoder",
@@ -305,6 +307,23 @@ class UpstreamUnreachableError(ShimError):
     """502: no connection to upstream."""
 
     status = 502
+
+
+class CredentialError(ShimError):
+    """401: our own credential is void until its owner does what the message says."""
+
+    status = 401
+    type = "authentication_error"
+
+
+class CredentialUnavailableError(ShimError):
+    """503: our own credential cannot be renewed at the moment; carries `retry-after`."""
+
+    status = 503
+
+    def __init__(self, message: str, seconds: float = 5.0) -> None:
+        super().__init__(message, headers=[("retry-after", str(math.ceil(seconds)))])
+        self.seconds = seconds
 
 
 class UpstreamFault(ShimError):
@@ -2011,7 +2030,7 @@ def read_fields(
     RequestError, with the reason, if a value of `rejected` is used.
     """
     for field, (reason, used) in rejected.items():
-        if used(body.get(field)):
+        if field in body and used(body[field]):
             raise RequestError(reason, param=field)
     for field, (_, read) in mapped.items():
         if body.get(field) is not None:
@@ -4573,30 +4592,91 @@ def _response_event(type_: str, fields: JSON) -> bytes:
 
 
 # ----------------------------------------------------------------------
-# 8. Credentials                                               uses: 0 1
+# 8. Credentials                                             uses: 0 1 2
 # ----------------------------------------------------------------------
-# Who pays. A credential gives the headers of one upstream request; secrets are never in a repr.
+# Who pays. A credential gives the headers of one upstream request, and newer ones when those were
+# refused. HTTP comes in as a function; secrets are never in a repr, a log line or an error.
+
+
+class Kind(NamedTuple):
+    """One way of proving to upstream who pays."""
+
+    name: str  # in a sentence
+    given: str  # how its user gives it
+    payer: str
+    claude_ai: bool = False  # a token of a subscription, which Anthropic reserves for its own apps
+
+
+_CONSOLE = "billed to its Claude Console organisation"
+_SUBSCRIPTION = "drawn from its Claude subscription or billed as extra usage"
+
+# What --auth takes, in the order in which `auto` looks (D7).
+KINDS: Dict[str, Kind] = {
+    "oauth-bundle": Kind("OAuth login", "`claude_shim login`, or `--bundle`", _SUBSCRIPTION, True),
+    "setup-token": Kind(
+        "setup token", "`CLAUDE_CODE_OAUTH_TOKEN`, `--setup-token-file`", _SUBSCRIPTION, True
+    ),
+    "api-key": Kind("API key", "`ANTHROPIC_API_KEY`, `--api-key-file`", _CONSOLE),
+    "auth-token": Kind(
+        "bearer token", "`ANTHROPIC_AUTH_TOKEN`", "billed to whoever the token is of"
+    ),
+    "helper": Kind("key", "`--key-helper COMMAND`", "billed to whoever the key is of"),
+    "federation": Kind("workload identity", "`ANTHROPIC_FEDERATION_RULE_ID` and its kin", _CONSOLE),
+    "profile": Kind("profile", "`ant auth login`, `ANTHROPIC_PROFILE`", _CONSOLE),
+    "claude-code": Kind("login of Claude Code", "`claude`, then `/login`", _SUBSCRIPTION, True),
+    "passthrough": Kind(
+        "each client's own key", "`--auth passthrough` and nothing else", "billed to each client"
+    ),
+    "none": Kind("none", "`--upstream echo`", "nothing is billed"),
+}
+
+
+class Description(NamedTuple):
+    """What a credential is, without secrets; as text a sentence."""
+
+    kind: str  # a key of KINDS
+    source: str = ""  # where it is from
+    expires_at: Optional[float] = None  # seconds since 1970; None: not known, or never
+
+    @property
+    def payer(self) -> str:
+        """Who pays, in words."""
+        return KINDS[self.kind].payer
+
+    def __str__(self) -> str:
+        origin = f" from {self.source}" if self.source else ""
+        return f"{KINDS[self.kind].name}{origin}, {self.payer}"
 
 
 class Credential:
     """What proves to upstream who pays: one header, never two."""
 
-    kind = ""
+    def authorization(
+        self, client: Dict[str, str], rejected: Optional[HeaderList] = None
+    ) -> HeaderList:
+        """Return the header fields for a request whose client sent the headers `client`.
 
-    def headers(self, client: Dict[str, str]) -> HeaderList:
-        """Return the header for a request whose client sent the headers `client`."""
+        `rejected` are those that upstream answered with 401; they come back when there are no
+        newer ones. A ShimError says what its owner has to do.
+        """
         raise NotImplementedError
 
-    def describe(self) -> str:
-        """Return a sentence without secrets: what it is, where from, whose bill."""
+    def describe(self) -> Description:
+        """Return what it is, where it is from and whose bill it is."""
         raise NotImplementedError
 
     def secrets(self) -> List[str]:
         """Return what must never be shown."""
         return []
 
+    def start(self) -> None:
+        """Begin to renew it in time, if that is ever needed."""
+
+    def close(self) -> None:
+        """Stop renewing it, after the renewal that is under way."""
+
     def ready(self) -> bool:
-        """Return whether `headers` takes no time."""
+        """Return whether `authorization` takes no time."""
         return True
 
 
@@ -4604,27 +4684,37 @@ class APIKey(Credential):
     """An API key of the Claude Console, sent as `x-api-key`."""
 
     kind = "api-key"
+    bearer = False
 
-    def __init__(self, key: str, source: str) -> None:
+    def __init__(self, key: str, source: str, kind: str = "") -> None:
         self._key = key
-        self._source = source
+        self._description = Description(kind or self.kind, source)
 
-    def headers(self, client: Dict[str, str]) -> HeaderList:
-        return [("x-api-key", self._key)]
+    def authorization(
+        self, client: Dict[str, str], rejected: Optional[HeaderList] = None
+    ) -> HeaderList:
+        return key_headers(self._key, self.bearer)
 
-    def describe(self) -> str:
-        return f"API key from {self._source}, billed to its Claude Console organisation"
+    def describe(self) -> Description:
+        return self._description
 
     def secrets(self) -> List[str]:
         return [self._key]
 
 
+class AuthToken(APIKey):
+    """A token that is sent as `Authorization: Bearer`, and never renewed."""
+
+    kind = "auth-token"
+    bearer = True
+
+
 class Passthrough(Credential):
     """The client's own credential, handed on as it came."""
 
-    kind = "passthrough"
-
-    def headers(self, client: Dict[str, str]) -> HeaderList:
+    def authorization(
+        self, client: Dict[str, str], rejected: Optional[HeaderList] = None
+    ) -> HeaderList:
         for name in ("x-api-key", "authorization"):
             if client.get(name):
                 return [(name, client[name])]
@@ -4634,29 +4724,840 @@ class Passthrough(Credential):
             "send your Anthropic API key as x-api-key or Authorization: Bearer"
         )
 
-    def describe(self) -> str:
-        return "each client's own key, billed to each client"
+    def describe(self) -> Description:
+        return Description("passthrough")
 
 
 class NoCredential(Credential):
     """For an upstream that asks for none."""
 
-    kind = "none"
-
-    def headers(self, client: Dict[str, str]) -> HeaderList:
+    def authorization(
+        self, client: Dict[str, str], rejected: Optional[HeaderList] = None
+    ) -> HeaderList:
         return []
 
-    def describe(self) -> str:
-        return "none, nothing is billed"
+    def describe(self) -> Description:
+        return Description("none")
+
+
+OAUTH_BETA = "oauth-2025-04-20"
+FEDERATION_BETA = "oidc-federation-2026-04-01"
+
+
+def key_headers(key: str, bearer: bool) -> HeaderList:
+    """Return the header fields that show a key; OAuth tokens are refused without their beta."""
+    oauth = key.startswith("sk-ant-oat")
+    if not (bearer or oauth):
+        return [("x-api-key", key)]
+    beta = [("anthropic-beta", OAUTH_BETA)] if oauth else []
+    return [("authorization", f"Bearer {key}"), *beta]
+
+
+def with_authorization(headers: HeaderList, authorization: HeaderList) -> HeaderList:
+    """Return the header fields of a request with those of a credential, which win.
+
+    Only `anthropic-beta` is a list: there the client's come first, none twice.
+    """
+    shown = dict(authorization)
+    if "anthropic-beta" in shown:
+        lists = [value for name, value in headers if name == "anthropic-beta"]
+        betas = [beta.strip() for beta in ",".join([*lists, shown["anthropic-beta"]]).split(",")]
+        shown["anthropic-beta"] = ",".join(dict.fromkeys(filter(None, betas)))
+    return [(name, value) for name, value in headers if name not in shown] + list(shown.items())
+
+
+# A beginning that tells what a key is -> why it is no API key.
+_NO_API_KEY = {
+    "sk-ant-oat": "is an OAuth token: give it as CLAUDE_CODE_OAUTH_TOKEN or --setup-token-file",
+    "sk-ant-ort": "is a refresh token, which is no key: put the whole login into --bundle",
+    "sk-ant-admin": "is an admin key, which may not run models: create an API key",
+}
+
+
+def checked_api_key(text: str, source: str) -> str:
+    """Return an API key; ConfigError if it is something else."""
+    key = checked_secret(text, source)
+    for beginning, reason in _NO_API_KEY.items():
+        if key.startswith(beginning):
+            raise ConfigError(f"the key from {source} {reason}")
+    return key
+
+
+MIN_SETUP_TOKEN = 80
+
+
+def checked_setup_token(text: str, source: str, allow_odd: bool = False) -> str:
+    """Return a setup token; ConfigError if it does not look like one, unless that is allowed."""
+    token = checked_secret(text, source)
+    if allow_odd or (token.startswith("sk-ant-oat") and len(token) >= MIN_SETUP_TOKEN):
+        return token
+    short = f"has {len(token)} characters of at least {MIN_SETUP_TOKEN}: is it cut off?"
+    reason = short if token.startswith("sk-ant-oat") else "does not begin with sk-ant-oat"
+    raise ConfigError(
+        f"the setup token from {source} {reason} (--allow-odd-token takes it all the same)"
+    )
+
+
+_HEADER_SAFE = re.compile(r"[\x21-\x7e]+")
 
 
 def checked_secret(text: str, source: str) -> str:
     """Return a key without surrounding white space; ConfigError if it cannot be a header value."""
     key = text.strip()
-    if not re.fullmatch(r"[\x21-\x7e]+", key):
+    if not _HEADER_SAFE.fullmatch(key):
         reason = "is empty" if not key else "holds white space or characters beyond ASCII"
         raise ConfigError(f"the key from {source} {reason}")
     return key
+
+
+# --- files that hold secrets
+
+MAX_SECRET_BYTES = 1 << 20
+
+
+def _own_target(path: str) -> str:
+    """The file itself; a symbolic link of the user's own is followed once, another's never."""
+    path = os.path.abspath(os.path.expanduser(path))
+    try:
+        link = os.lstat(path)
+    except OSError:
+        return path  # whoever opens it tells why
+    if not stat.S_ISLNK(link.st_mode):
+        return path
+    if os.name == "posix" and link.st_uid != os.geteuid():
+        raise ConfigError(f"{path} is a symbolic link of another user: name the file itself")
+    return os.path.join(os.path.dirname(path), os.readlink(path))
+
+
+def read_secret_file(path: str) -> str:
+    """Return the text of a file that only its owner can read.
+
+    ConfigError with what to do if it is another's, open to others, a second link or no file. On
+    Windows only the last: there the profile folder guards it.
+    """
+    target = _own_target(path)
+    flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK"))
+    try:
+        descriptor = os.open(target, functools.reduce(operator.or_, flags, os.O_RDONLY))
+        try:
+            _check_guarded(target, os.fstat(descriptor))
+            return os.read(descriptor, MAX_SECRET_BYTES).decode("utf-8-sig")
+        finally:
+            os.close(descriptor)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        reason = "a link to a link" if getattr(error, "errno", 0) == errno.ELOOP else reason
+        raise ConfigError(f"cannot read {path}: {reason}") from None
+
+
+def _check_guarded(path: str, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{path} is no regular file")
+    if os.name != "posix":
+        return
+    if status.st_uid != os.geteuid():
+        raise ConfigError(f"{path} belongs to another user: run chown {os.geteuid()} {path}")
+    if status.st_mode & 0o077:
+        raise ConfigError(f"{path} can be read by others: run chmod 600 {path}")
+
+
+def write_secret_file(path: str, text: str) -> None:
+    """Replace a file at once, or not at all, readable by its owner alone; OSError if it failed.
+
+    After the return it is on the disk. A missing folder is made, for the owner alone. A process
+    that is killed meanwhile leaves `path`.new, which `finish_write` puts in place.
+    """
+    target = _own_target(path)
+    folder = os.path.dirname(target)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    temporary = f"{target}.new"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    try:
+        with open(os.open(temporary, flags, 0o600), "wb") as file:  # 0600 from its birth
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)  # of the name; the bytes are safe already
+        finally:
+            os.close(opened)
+
+
+def finish_write(path: str, check: Callable[[str, str], object]) -> None:
+    """Put in place what a killed process wrote but did not come to put there, if it is whole."""
+    with contextlib.suppress(ConfigError, OSError):
+        target = _own_target(path)
+        check(read_secret_file(f"{target}.new"), path)
+        os.replace(f"{target}.new", target)
+
+
+# --- tokens
+
+# Of Claude Code 2.1 (no other client id is known to be granted); each can be set by an option.
+OAUTH_CLIENT_ID = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
+OAUTH_SCOPE = "user:profile user:inference"
+AUTHORIZE_URL = "https://claude.com/cai/oauth/authorize"
+MANUAL_REDIRECT_URL = "https://platform.claude.com/oauth/code/callback"
+TOKEN_URL = "https://platform.claude.com/v1/oauth/token"
+OLD_TOKEN_URL = "https://console.anthropic.com/v1/oauth/token"  # asked when TOKEN_URL is a 404
+
+
+class Bundle(NamedTuple):
+    """A login: what is sent, what renews it, and until when it is good."""
+
+    access_token: str
+    refresh_token: str = ""  # empty: cannot be renewed
+    expires_at: Optional[float] = None  # seconds since 1970; None: not known
+
+    def __repr__(self) -> str:
+        return f"Bundle(expires_at={self.expires_at})"
+
+
+def parsed_bundle(text: str, source: str) -> Bundle:
+    """Return the login that a JSON file holds; ConfigError names what is wrong with `source`."""
+    value = _parsed_object(text.encode("utf-8"))
+    if "claudeAiOauth" in value:
+        raise ConfigError(f"{source} is Claude Code's own file: use --auth claude-code instead")
+    access, refresh = value.get("access_token"), value.get("refresh_token") or ""
+    if not isinstance(access, str) or not isinstance(refresh, str):
+        raise ConfigError(f"{source} is no JSON object with the texts access_token, refresh_token")
+    expires_at = parsed_expiry(value.get("expires_at"), source)
+    return Bundle(checked_secret(access, source), refresh, expires_at)
+
+
+def _parsed_object(body: bytes) -> JSON:
+    with contextlib.suppress(ValueError):
+        return object_or_empty(loads(body))
+    return {}
+
+
+def parsed_expiry(value: Any, source: str) -> Optional[float]:
+    """Return the seconds since 1970 that seconds, milliseconds or ISO 8601 stand for, or None."""
+    if value is None or value == "":
+        return None
+    with contextlib.suppress(ValueError, OverflowError):
+        if isinstance(value, str) and not re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
+            text = re.sub(r"[.,][0-9]+", "", value.strip().upper()).replace("Z", "+00:00")
+            moment = datetime.fromisoformat(text)
+            return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            number = float(value)
+            return number / 1000 if number > 1e11 else number  # 1e11 s: the year 5138
+    raise ConfigError(f"{source}: expires_at is neither ISO 8601 nor seconds or milliseconds")
+
+
+class TokenRequest(NamedTuple):
+    """A POST to a token endpoint, the fields as a JSON object."""
+
+    url: str
+    fields: Dict[str, str]
+    headers: HeaderList = []
+
+    def __repr__(self) -> str:
+        return f"TokenRequest({self.url})"
+
+    def body(self) -> bytes:
+        """Return the fields as JSON."""
+        return dumps(self.fields)
+
+
+class TokenAnswer(NamedTuple):
+    """What a token endpoint answered, read to the end."""
+
+    status: int
+    headers: HeaderList  # names in lower case
+    body: bytes
+
+    def __repr__(self) -> str:
+        return f"TokenAnswer({self.status})"
+
+
+# Follows no redirect, verifies TLS, honours proxies, is limited in time and size; a ShimError when
+# there is no whole answer. Section 14 makes it of section 9.
+TokenPost = Callable[[TokenRequest], TokenAnswer]
+
+
+# Never in the environment of a program that we start.
+SECRET_VARIABLES = frozenset(
+    """
+    ANTHROPIC_API_KEY ANTHROPIC_AUTH_TOKEN ANTHROPIC_CUSTOM_HEADERS ANTHROPIC_IDENTITY_TOKEN
+    CLAUDE_CODE_OAUTH_REFRESH_TOKEN CLAUDE_CODE_OAUTH_TOKEN CLAUDE_SHIM_API_KEY
+    CLAUDE_SHIM_UPSTREAM_HEADER OPENAI_API_KEY
+    """.split()
+)
+
+
+def without_secrets(environment: Dict[str, str]) -> Dict[str, str]:
+    """Return an environment for a program that has no business with our secrets."""
+    return {k: v for k, v in environment.items() if k.upper() not in SECRET_VARIABLES}
+
+
+RUN_SECONDS = 30.0
+
+
+def run_program(command: Sequence[str], seconds: float = RUN_SECONDS) -> Tuple[int, str]:
+    """Return the exit code and the output of a program that is killed when time is up.
+
+    With it die the programs that it started. OSError if it cannot be run, TimeoutError.
+    """
+    import subprocess
+
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env=without_secrets(dict(os.environ)),
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except BaseException as error:
+            _kill_group(process.pid)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise TimeoutError(f"no answer within {seconds:g} seconds") from None
+            raise
+    return process.returncode, output.decode("utf-8", "replace")
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(OSError):
+        if os.name == "posix":
+            os.killpg(leader, signal.SIGKILL)
+        else:
+            os.kill(leader, signal.SIGTERM)
+
+
+def _nobody(line: str) -> None:
+    """Neither told nor hidden."""
+
+
+class Outside(NamedTuple):
+    """What a credential needs of the world."""
+
+    post: TokenPost
+    tell: Callable[[str], None] = _nobody  # a line for the log
+    hide: Callable[[str], None] = _nobody  # a secret that the log must mask from now on
+    clock: Callable[[], float] = time.time
+    run: Callable[[Sequence[str]], Tuple[int, str]] = run_program
+    save: Callable[[str, str], None] = write_secret_file
+
+
+class OAuthClient(NamedTuple):
+    """Who asks for tokens, and where."""
+
+    urls: Tuple[str, ...] = (TOKEN_URL, OLD_TOKEN_URL)  # the next is asked when one is a 404
+    id: str = OAUTH_CLIENT_ID
+    scope: str = OAUTH_SCOPE
+    headers: HeaderList = []  # for the token endpoint
+    beside: HeaderList = []  # for upstream, beside the token
+    repair: str = "run `claude_shim login`"  # what to do when the login is void
+
+
+# An answer that says less is renewed after an hour, as Anthropic's SDK does it; none more often
+# than each minute, whatever the answer says.
+DEFAULT_LIFETIME = 3600.0
+MIN_LIFETIME = 120.0
+MAX_LIFETIME = 10 * 365 * 86400.0
+
+
+def granted(outside: Outside, client: OAuthClient, fields: Dict[str, str]) -> Bundle:
+    """Return the tokens that a token endpoint gives for `fields` (RFC 6749 4.1.3, 6).
+
+    CredentialError when the grant is void for good, CredentialUnavailableError when it may work
+    later.
+    """
+    for url in client.urls:
+        host = urllib.parse.urlsplit(url).netloc
+        try:
+            answer = outside.post(TokenRequest(url, fields, client.headers))
+        except ShimError as error:
+            message = f"the token endpoint {host} gave no answer: {error.message}"
+            raise CredentialUnavailableError(message) from None
+        if answer.status != 404:
+            break
+    body = _parsed_object(answer.body)
+    token = body.get("access_token")
+    if answer.status != 200 or not isinstance(token, str) or not _HEADER_SAFE.fullmatch(token):
+        raise _why_no_token(answer, body, host, client.repair)
+    lifetime = body.get("expires_in")
+    if isinstance(lifetime, bool) or not isinstance(lifetime, (int, float)):
+        lifetime = DEFAULT_LIFETIME
+    refresh = body.get("refresh_token")
+    bundle = Bundle(
+        token,
+        refresh if isinstance(refresh, str) else "",
+        outside.clock() + min(max(lifetime, MIN_LIFETIME), MAX_LIFETIME),
+    )
+    hide_bundle(outside, bundle)
+    return bundle
+
+
+def _why_no_token(answer: TokenAnswer, body: JSON, host: str, repair: str) -> ShimError:
+    """What an answer without tokens means; its own words may hold secrets and are not repeated."""
+    error = body.get("error")
+    code = error.get("type") if isinstance(error, dict) else error
+    if code == "invalid_grant":
+        return CredentialError(f"{host} says that the login is no longer valid: {repair}")
+    fields = dict(answer.headers)
+    if 300 <= answer.status < 400:
+        to = re.match(r"https?://([A-Za-z0-9.-]{1,255})", fields.get("location", ""))
+        where = to.group(1) if to else "another page"
+        said = f"redirects to {where}, which is not followed: check --token-url"
+    elif answer.status == 200:
+        said = "answered with what is no token: check --token-url, or log in to your network first"
+    else:
+        named = isinstance(code, str) and re.fullmatch("[a-z_]{1,40}", code)
+        said = f"answered with status {answer.status}" + (f" ({code})" if named else "")
+    wait = fields.get("retry-after", "")
+    seconds = float(wait) if re.fullmatch("[0-9]{1,6}", wait) else 5.0
+    return CredentialUnavailableError(f"the token endpoint {host} {said}", seconds)
+
+
+def hide_bundle(outside: Outside, bundle: Bundle) -> None:
+    """Have the log mask the tokens of a login."""
+    for secret in filter(None, (bundle.access_token, bundle.refresh_token)):
+        outside.hide(secret)
+
+
+# --- tokens that are renewed
+
+
+class TokenSource:
+    """Where the tokens of a credential come from, and newer ones after them."""
+
+    kind = ""
+    place = ""  # for people
+    margin = 60.0  # seconds before the end at which a token is renewed
+    expired_at_once = Bundle("", "", 0.0)  # of a source that has none until it is asked
+
+    def current(self) -> Bundle:
+        """Return the token at hand; ConfigError when there should be one."""
+        return self.expired_at_once
+
+    def renewed(self, old: Bundle) -> Bundle:
+        """Return a token after `old`.
+
+        CredentialError when there will be none, CredentialUnavailableError when not now.
+        """
+        raise NotImplementedError
+
+    def headers(self, token: str) -> HeaderList:
+        """Return the header fields that show a token."""
+        return [("authorization", f"Bearer {token}"), ("anthropic-beta", OAUTH_BETA)]
+
+    def settle(self) -> None:
+        """Save what could not be saved before."""
+
+
+class Renewed(Credential):
+    """A token that is renewed shortly before its end, and when upstream refuses it.
+
+    One thread renews it; meanwhile the others use the old one while it is good, or wait. After
+    `start` that thread is one of its own.
+    """
+
+    TICK = 30.0  # seconds; the clock may jump, as when a laptop wakes up
+    MAX_BACKOFF = 300.0
+    MIN_INTERVAL = 30.0  # between renewals after a 401, whose cause may be something else
+
+    def __init__(self, source: TokenSource, outside: Outside) -> None:
+        self._source = source
+        self._outside = outside
+        self._bundle = source.current()
+        self._renewal = threading.Lock()
+        self._renewed_at = -math.inf
+        self._failures = 0
+        self._retry_at = 0.0
+        self._wait = 0.0
+        self._reason = ""
+        self._told = ""
+        self._stopping = threading.Event()
+        self._thread: Optional[threading.Thread] = None
+
+    def authorization(
+        self, client: Dict[str, str], rejected: Optional[HeaderList] = None
+    ) -> HeaderList:
+        return self._source.headers(self._usable(rejected).access_token)
+
+    def describe(self) -> Description:
+        return Description(self._source.kind, self._source.place, self._bundle.expires_at)
+
+    def ready(self) -> bool:
+        return self._good(self._bundle, self._source.margin + 1.0)
+
+    def _good(self, bundle: Bundle, margin: float = 0.0) -> bool:
+        return bundle.expires_at is None or self._outside.clock() < bundle.expires_at - margin
+
+    def _refused(self, bundle: Bundle, rejected: Optional[HeaderList]) -> bool:
+        return rejected is not None and rejected == self._source.headers(bundle.access_token)
+
+    def _usable(self, rejected: Optional[HeaderList]) -> Bundle:
+        bundle = self._bundle
+        refused = self._refused(bundle, rejected)
+        if not refused and self._good(bundle, self._source.margin):
+            return bundle
+        serves = not refused and self._good(bundle)
+        if not self._renewal.acquire(blocking=not serves):
+            return bundle  # somebody renews it already, and it is good until then
+        try:
+            return self._after_others(rejected)
+        except ShimError:
+            if serves:
+                return bundle
+            raise
+        finally:
+            self._renewal.release()
+
+    def _after_others(self, rejected: Optional[HeaderList]) -> Bundle:
+        """The token after all that other threads did meanwhile, renewed if it still has to be."""
+        refused = self._refused(self._bundle, rejected)
+        since = self._outside.clock() - self._renewed_at
+        if refused and 0 <= since < self.MIN_INTERVAL:
+            return self._bundle
+        if refused or not self._good(self._bundle, self._source.margin):
+            self._renew()
+        return self._bundle
+
+    def _renew(self) -> None:
+        now = self._outside.clock()
+        if 0 < self._retry_at - now <= self._wait:  # if it is more, the clock was set back
+            raise CredentialUnavailableError(self._reason, self._retry_at - now)
+        try:
+            self._bundle = self._source.renewed(self._bundle)
+        except CredentialUnavailableError as error:
+            self._wait = max(error.seconds, min(5.0 * 2**self._failures, self.MAX_BACKOFF))
+            self._failures = min(self._failures + 1, 10)
+            self._retry_at, self._reason = self._outside.clock() + self._wait, error.message
+            self._outside.tell(f"warning: {error.message}; next try in {self._wait:.0f} s")
+            raise
+        self._renewed_at, self._failures = self._outside.clock(), 0
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._keep_fresh, daemon=True)
+        self._thread.start()
+
+    def _keep_fresh(self) -> None:
+        self._tend()
+        while not self._stopping.wait(self._pause()):
+            self._tend()
+
+    def _tend(self) -> None:
+        try:
+            self._usable(None)
+        except CredentialUnavailableError:
+            pass  # told already, with the time of the next try
+        except ShimError as error:
+            if error.message != self._told:
+                self._outside.tell(f"error: {error.message}")
+            self._told = error.message
+        with self._renewal:
+            self._source.settle()
+
+    def _pause(self) -> float:
+        end = self._bundle.expires_at
+        left = self.TICK if end is None else end - self._source.margin - self._outside.clock()
+        return left if 0 < left < self.TICK else self.TICK
+
+    def close(self) -> None:
+        self._stopping.set()
+        if self._thread:
+            self._thread.join()
+        with self._renewal:  # a request may be renewing it: the new token must not be lost
+            self._source.settle()
+
+
+# --- files of logins
+
+
+def _took_lock(descriptor: int) -> bool:
+    """Whether the lock of an open file was free; it ends with the file, or with the process."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # no locks here
+    return True
+
+
+LOCK_SECONDS = 40.0  # more than a renewal takes
+
+
+def lock_file(path: str, seconds: float = LOCK_SECONDS) -> Optional[int]:
+    """Return a descriptor that holds the lock of `path` until it is closed.
+
+    None where there can be no such file, as in a read-only folder; CredentialUnavailableError if
+    it is another user's, or another process does not let go of it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno == errno.EROFS or not os.path.lexists(path):
+            return None
+        raise CredentialUnavailableError(f"cannot open {path}: {error.strerror}") from None
+    deadline = time.monotonic() + seconds
+    while not _took_lock(descriptor):
+        if time.monotonic() > deadline:
+            os.close(descriptor)
+            raise CredentialUnavailableError(f"another process does not let go of {path}")
+        time.sleep(0.02)
+    return descriptor
+
+
+def bundle_text(bundle: Bundle, document: JSON) -> str:
+    """Return the text of a login file: `document` with new tokens, its expiry in the same form."""
+    old, new = document.get("expires_at"), bundle.expires_at
+    expiry: Union[int, str, None] = None
+    if new is not None and isinstance(old, (int, float)):
+        expiry = int(new * 1000) if old > 1e11 else int(new)
+    elif new is not None:
+        moment = datetime.fromtimestamp(int(new), timezone.utc)
+        expiry = moment.isoformat().replace("+00:00", "Z")
+    tokens = {"access_token": bundle.access_token, "refresh_token": bundle.refresh_token}
+    return json.dumps({**document, **tokens, "expires_at": expiry}, indent=2) + "\n"
+
+
+class BundleFile(TokenSource):
+    """A login in a file, shared with other processes.
+
+    A refresh token works once: whoever presents it a second time ends the login for all. So it is
+    used under a lock that all processes respect, after reading the file again, and the new one is
+    on the disk before anybody uses it. What cannot be saved is kept, and with it the lock.
+    """
+
+    def __init__(
+        self, path: str, client: OAuthClient, outside: Outside, kind: str = "oauth-bundle"
+    ) -> None:
+        self.kind = kind
+        self.place = path
+        self._client = client
+        self._outside = outside
+        self._document: JSON = {}
+        self._void = ""  # the refresh token that was refused
+        self._unsaved: Optional[Bundle] = None
+        self._lock_path = f"{_own_target(path)}.lock"
+        self._lock: Optional[int] = None
+        folder = os.path.dirname(self._lock_path)
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK):
+            outside.tell(
+                f"warning: {folder} is read-only: when the login of {path} is renewed, that is "
+                "lost when this process ends, and its other users are logged out"
+            )
+
+    def headers(self, token: str) -> HeaderList:
+        return [*super().headers(token), *self._client.beside]
+
+    def current(self) -> Bundle:
+        text = read_secret_file(self.place)
+        bundle = parsed_bundle(text, self.place)
+        self._document = _parsed_object(text.encode("utf-8"))
+        hide_bundle(self._outside, bundle)
+        return bundle
+
+    def renewed(self, old: Bundle) -> Bundle:
+        if self._lock is None:
+            self._lock = lock_file(self._lock_path)
+        if self._lock is not None:
+            finish_write(self.place, parsed_bundle)
+        try:
+            return self._renewed_alone(old)
+        finally:
+            self._unlock()
+
+    def _renewed_alone(self, old: Bundle) -> Bundle:
+        try:
+            held = self._unsaved or self.current()
+        except ConfigError as error:
+            raise CredentialError(f"{error}; {self._client.repair}") from None
+        fresh = held.expires_at is None or held.expires_at - self.margin > self._outside.clock()
+        if held.access_token != old.access_token and fresh:
+            return held  # another process was faster
+        if not held.refresh_token:
+            raise CredentialError(f"{self.place} cannot be renewed: {self._client.repair}")
+        if held.refresh_token == self._void:
+            raise CredentialError(
+                f"the login of {self.place} is no longer valid: {self._client.repair}"
+            )
+        fields = {
+            "grant_type": "refresh_token",
+            "refresh_token": held.refresh_token,
+            "client_id": self._client.id,
+        }
+        try:
+            bundle = granted(self._outside, self._client, fields)
+        except CredentialError:
+            self._void = held.refresh_token
+            return self._renewed_alone(old)  # a program without our lock may have been faster
+        bundle = bundle._replace(refresh_token=bundle.refresh_token or held.refresh_token)
+        self._save(bundle)
+        return bundle
+
+    def _save(self, bundle: Bundle) -> None:
+        told = self._unsaved is bundle
+        self._unsaved = bundle
+        try:
+            self._outside.save(self.place, bundle_text(bundle, self._document))
+        except (OSError, ConfigError) as error:
+            reason = getattr(error, "strerror", None) or error
+            if not told:
+                self._outside.tell(
+                    f"error: the renewed login cannot be written to {self.place}: {reason}; it "
+                    "lives in this process only, and is lost when that ends: mend it soon"
+                )
+            return
+        self._unsaved = None
+
+    def settle(self) -> None:
+        if self._unsaved:
+            self._save(self._unsaved)
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None and self._unsaved is None:
+            os.close(self._lock)
+            self._lock = None
+
+
+# --- other sources of tokens
+
+
+class Federation(TokenSource):
+    """Workload identity: a token of the platform that the process runs on, exchanged for one."""
+
+    def __init__(
+        self, client: OAuthClient, fields: Dict[str, str], identity: Callable[[], str], out: Outside
+    ) -> None:
+        self.kind = "federation"
+        self.place = fields.get("federation_rule_id", "")
+        self._client = client._replace(
+            headers=[("anthropic-beta", f"{OAUTH_BETA},{FEDERATION_BETA}")]
+        )
+        self._fields = fields
+        self._identity = identity
+        self._outside = out
+
+    def renewed(self, old: Bundle) -> Bundle:
+        try:
+            assertion = checked_secret(self._identity(), "the identity token")
+            self._outside.hide(assertion)
+            fields = {
+                "grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer",
+                "assertion": assertion,
+                **self._fields,
+            }
+            return granted(self._outside, self._client, fields)._replace(refresh_token="")
+        except (ConfigError, CredentialError) as error:  # the platform may give a better one later
+            raise CredentialUnavailableError(str(error), 30.0) from None
+
+
+class Helper(TokenSource):
+    """A command that prints a key, which is good for a while."""
+
+    kind = "helper"
+    margin = 0.0
+
+    def __init__(self, command: str, seconds: float, outside: Outside) -> None:
+        self.place = "--key-helper"
+        shell = ["cmd", "/c"] if os.name == "nt" else ["/bin/sh", "-c"]
+        self._command = [*shell, command]
+        self._seconds = seconds
+        self._outside = outside
+
+    def headers(self, token: str) -> HeaderList:
+        return key_headers(token, bearer=not token.startswith("sk-ant-api"))
+
+    def renewed(self, old: Bundle) -> Bundle:
+        try:
+            code, output = self._outside.run(self._command)
+            if code:
+                raise ConfigError(f"it ended with code {code}")
+            key = checked_secret(output, "it")
+        except (ConfigError, OSError) as error:
+            raise CredentialUnavailableError(f"--key-helper gave no key: {error}") from None
+        self._outside.hide(key)
+        return Bundle(key, "", self._outside.clock() + self._seconds)
+
+
+KEYCHAIN_SERVICE = "Claude Code-credentials"
+
+
+class ClaudeCode(TokenSource):
+    """Claude Code's own login: read, and read again, but renewed by nobody but Claude Code."""
+
+    kind = "claude-code"
+
+    def __init__(self, path: str, service: str, outside: Outside) -> None:
+        self.place = self._path = path
+        self._service = service  # of the keychain of macOS; empty: there is none
+        self._outside = outside
+
+    def current(self) -> Bundle:
+        text = self._keychain() if self._service else ""
+        self.place = "the keychain" if text else self._path
+        bundle = parsed_claude_code(text or read_secret_file(self._path), self.place)
+        hide_bundle(self._outside, bundle)
+        return bundle
+
+    def renewed(self, old: Bundle) -> Bundle:
+        try:
+            bundle = self.current()
+        except ConfigError as error:
+            raise CredentialError(str(error)) from None
+        if bundle.access_token == old.access_token:
+            raise CredentialError(
+                "the login of Claude Code has ended: run `claude`, which renews it"
+            )
+        return bundle
+
+    def _keychain(self) -> str:
+        """The login in the keychain, or an empty string; ConfigError if it is locked."""
+        command = ["/usr/bin/security", "find-generic-password", "-s", self._service, "-w"]
+        try:
+            code, text = self._outside.run(command)
+        except OSError as error:
+            raise ConfigError(f"the keychain did not answer: {error}") from None
+        if code == 36:  # errSecInteractionNotAllowed, as over SSH
+            raise ConfigError("the keychain is locked: run `security unlock-keychain` first")
+        return text.strip() if code == 0 else ""
+
+
+def keychain_service(config_folder: str) -> str:
+    """Return the name of Claude Code's entry in the keychain; another for CLAUDE_CONFIG_DIR."""
+    import unicodedata
+
+    if not config_folder:
+        return KEYCHAIN_SERVICE
+    folder = unicodedata.normalize("NFC", config_folder)
+    return f"{KEYCHAIN_SERVICE}-{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
+
+
+def parsed_claude_code(text: str, source: str) -> Bundle:
+    """Return Claude Code's login, in JSON or JSON in hexadecimal; ConfigError if it is none."""
+    with contextlib.suppress(ValueError):
+        text = bytes.fromhex(text.strip()).decode("utf-8")
+    login = object_or_empty(_parsed_object(text.encode("utf-8", "replace")).get("claudeAiOauth"))
+    token = login.get("accessToken")
+    if not isinstance(token, str):
+        raise ConfigError(f"{source} holds no login of Claude Code: run `claude`, then /login")
+    return Bundle(checked_secret(token, source), "", parsed_expiry(login.get("expiresAt"), source))
+
+
+# --- keys of clients
 
 
 class ClientKeys:
@@ -5422,6 +6323,8 @@ class RetryPolicy(NamedTuple):
     patience: float = 20.0  # seconds of waiting in all
 
 
+NO_RETRIES = RetryPolicy(0)
+
 _TRANSIENT = frozenset({408, 409, 500, 502, 503, 504, 529})
 
 
@@ -5740,6 +6643,26 @@ def log_line(record: Record) -> str:
     )
 
 
+def spellings(secret: str) -> List[str]:
+    """Return the forms in which a secret may turn up: as it is, in base64, percent-encoded.
+
+    In base64 it looks different behind each number of bytes (modulo 3), and its ends mix with
+    what is beside it: those are left out.
+    """
+    if not secret:
+        return []
+    found = {secret, urllib.parse.quote(secret, safe=""), urllib.parse.quote_plus(secret)}
+    raw = secret.encode("utf-8", "replace")
+    for shift in range(3) if len(raw) >= 12 else ():
+        whole = base64.b64encode(bytes(shift) + raw).decode()
+        inner = whole[math.ceil(shift * 8 / 6) : (shift + len(raw)) * 8 // 6]
+        found |= {inner, inner.translate(_URL_SAFE)}
+    return sorted(found)
+
+
+_URL_SAFE = str.maketrans("+/", "-_")
+
+
 class Log:
     """Writes lines to `stream` (None: nowhere), with every known secret masked."""
 
@@ -5749,18 +6672,30 @@ class Log:
         self._stream = stream
         self.quiet = quiet  # about requests; notes and faults are written all the same
         self._secrets: List[str] = []
-        self.learn(secrets)
+        self._renewed: Deque[str] = deque(maxlen=64)
+        self._masked: List[str] = []
         self._lock = threading.Lock()
         self._told: List[str] = []
+        self.learn(secrets)
 
     def learn(self, secrets: Iterable[str]) -> None:
         """Mask these, too, from now on."""
-        known = {*self._secrets, *filter(None, secrets)}
-        self._secrets = sorted(known, key=len, reverse=True)  # the longest first
+        with self._lock:
+            self._secrets += [spelling for secret in secrets for spelling in spellings(secret)]
+            self._masked = self._longest_first()
+
+    def hide(self, secret: str) -> None:
+        """Mask one more secret from now on; of those that come and go, the latest are kept."""
+        with self._lock:
+            self._renewed.extend(s for s in spellings(secret) if s not in self._masked)
+            self._masked = self._longest_first()
+
+    def _longest_first(self) -> List[str]:
+        return sorted({*self._secrets, *self._renewed}, key=len, reverse=True)
 
     def masked(self, text: str) -> str:
         """Return `text` with every known secret replaced."""
-        for secret in self._secrets:
+        for secret in self._masked:
             text = text.replace(secret, "[secret]")
         return text
 
@@ -6213,6 +7148,7 @@ class Policy(NamedTuple):
     retries: RetryPolicy = RetryPolicy()
     live_models: bool = True
     responses_store: str = "memory"  # off, memory, or the file of a database
+    fallback: Optional[Credential] = None  # who pays when the first does not
     allowed_origins: FrozenSet[str] = frozenset()  # of web pages that may call
 
 
@@ -6347,6 +7283,7 @@ _RELAYED_TO_UPSTREAM = re.compile(
 )
 _RELAYED_TO_CLIENT = re.compile(
     r"anthropic-.*|request-id|retry-after|retry-after-ms|x-should-retry|content-type|content-disposition"
+    r"|x-claude-shim-billing"
 )
 # Codex sends a request again, six times in all, on these; a 400 it believes.
 CODEX_REPEATS = {404: 400, 413: 400, 422: 400}
@@ -6557,6 +7494,8 @@ class App:
 
     def close(self) -> None:
         """Let go of upstream and of the store."""
+        for payer in self.payers():
+            payer.close()
         self.upstream.close()
         self.store.close()
         for thread in self._threads:
@@ -6687,7 +7626,8 @@ class App:
         """Put the questions to upstream, and give their answers in one form."""
         self._check_strict(drafts[0])
         asked = yield from self._ask_all(request, drafts)
-        head = Response(200, self._answer_headers(asked[0], drafts[0]))
+        billing = [pair for each in asked for pair in each.headers if pair[0] == BILLING_HEADER]
+        head = Response(200, [*self._answer_headers(asked[0], drafts[0]), *billing[:1]])
         head = head._replace(model=str(drafts[0].request["model"]))
         if stream:
             return head._replace(body=Stream(asked[0].source, EventTransform(form.encoder)))
@@ -6763,12 +7703,8 @@ class App:
                     question, stripped = without_thinking(question), True
                 else:
                     model = self._cured(question, model, error, tried)
-        known = self.catalogue.model(model.id)
-        # What was refused of a schema is true of that schema, not of the model.
-        about_schemas = {"strict_tools", "structured_outputs"}
-        model = model._replace(**{field: getattr(known, field) for field in about_schemas})
-        if model != known:
-            self.catalogue.learn(model)
+        if len(tried) > 1:
+            self._learn(model)
         source = response.source
         if draft.annotated:  # server tools may pause the turn
             source = ResumingSource(
@@ -6777,6 +7713,14 @@ class App:
                 lambda body: driven(self._post(request, body, draft.betas), self.upstream).source,
             )
         return Asked(source, response.headers, fitted.changed)
+
+    def _learn(self, model: Model) -> None:
+        """Remember what refusals taught; what was said of a schema is true of that schema alone."""
+        known = self.catalogue.model(model.id)
+        about_schemas = ("strict_tools", "structured_outputs")
+        model = model._replace(**{field: getattr(known, field) for field in about_schemas})
+        if model != known:
+            self.catalogue.learn(model)
 
     @staticmethod
     def _cured(question: JSON, model: Model, error: UpstreamError, tried: Sequence[JSON]) -> Model:
@@ -6792,7 +7736,6 @@ class App:
             ("content-type", "application/json"),
             ("accept", accept),
             ("user-agent", f"claude-shim/{__version__}"),
-            *self._credential_headers(request.headers),
             *([("anthropic-beta", ",".join(dict.fromkeys(betas)))] if betas else []),
         ]
 
@@ -6802,7 +7745,7 @@ class App:
         """Return upstream's answer to a translated request; UpstreamError if it is no stream."""
         headers = self._upstream_headers(request, betas, "text/event-stream")
         call = UpstreamRequest("POST", "/v1/messages", headers, dumps(body), request.watch)
-        response = yield from send_with_retries(call, self.policy.retries)
+        response = yield from self._sent(call, request.headers, self.policy.retries)
         if response.status != 200:
             body_bytes = read_error_body(response)
             raise upstream_error(response.status, parsed_or_none(body_bytes), response.headers)
@@ -6857,7 +7800,8 @@ class App:
     def _owner(self, request: Request) -> str:
         """Who may see an answer again: the client key that was shown, or what paid for it."""
         passed = isinstance(self.credential, Passthrough)
-        paid = self._credential_headers(request.headers) if passed else []
+        client = self.policy.client_keys.stripped(request.headers)
+        paid = self.credential.authorization(client) if passed else []
         text = "\n".join([request.key_name, *(value for _, value in paid)])
         return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
@@ -6968,9 +7912,8 @@ class App:
         passed = [(k, v) for k, v in request.headers.items() if _RELAYED_TO_UPSTREAM.fullmatch(k)]
         if "anthropic-version" not in request.headers:
             passed.append(("anthropic-version", "2023-06-01"))
-        headers = [*passed, *self._credential_headers(request.headers)]
-        call = UpstreamRequest(request.method, path, headers, request.body, request.watch)
-        response = yield call
+        call = UpstreamRequest(request.method, path, passed, request.body, request.watch)
+        response = yield from self._sent(call, request.headers)
         kept = [(k, v) for k, v in response.headers if _RELAYED_TO_CLIENT.fullmatch(k)]
         ids = [("x-request-id", value) for name, value in kept if name == "request-id"]
         head = Response(response.status, [*kept, *ids])
@@ -6984,8 +7927,28 @@ class App:
         transform = RelayTransform() if response.is_event_stream() else Transform()
         return head._replace(body=Stream(response.source, transform))
 
-    def _credential_headers(self, client: Dict[str, str]) -> HeaderList:
-        return self.credential.headers(self.policy.client_keys.stripped(client))
+    # --- who pays
+
+    def payers(self) -> List[Credential]:
+        """Return who pays, and then who does when the first does not."""
+        return [payer for payer in (self.credential, self.policy.fallback) if payer]
+
+    def _sent(
+        self, call: UpstreamRequest, client: Dict[str, str], retries: RetryPolicy = NO_RETRIES
+    ) -> Conversation[UpstreamResponse]:
+        """Return upstream's answer to a request, paid by the fallback if there has to be one."""
+        shown = self.policy.client_keys.stripped(client)
+        fallback = self.policy.fallback
+        if fallback is None:
+            return (yield from _authorized(self.credential, call, shown, retries))
+        with contextlib.suppress(CredentialError, CredentialUnavailableError):
+            response = yield from _authorized(self.credential, call, shown, retries)
+            if response.status not in PAYER_REFUSED:
+                return response
+            read_error_body(response)
+        response = yield from _authorized(fallback, call, shown, retries)
+        billing = (BILLING_HEADER, fallback.describe().kind)
+        return response._replace(headers=[*response.headers, billing])
 
     # --- models and health
 
@@ -7025,9 +7988,9 @@ class App:
         headers = [
             ("anthropic-version", "2023-06-01"),
             ("user-agent", f"claude-shim/{__version__}"),
-            *self._credential_headers(client),
         ]
-        return (yield UpstreamRequest("GET", path, headers, b"", patience=GET_SECONDS))
+        call = UpstreamRequest("GET", path, headers, b"", patience=GET_SECONDS)
+        return (yield from self._sent(call, client))
 
     def models(self, request: Request) -> Conversation[Response]:
         """GET /v1/models."""
@@ -7113,6 +8076,32 @@ def item_page(items: Sequence[JSON], target: str) -> JSON:
     end = start + min(100, max(1, int(limit) if limit.isdecimal() else 20))
     page = ordered[start:end]
     return {**one_page(page), "has_more": end < len(ordered)}
+
+
+# What upstream answers when the payer is refused or has nothing left.
+PAYER_REFUSED = frozenset({401, 402, 403, 429})
+BILLING_HEADER = "x-claude-shim-billing"
+
+
+def _authorized(
+    credential: Credential, call: UpstreamRequest, client: Dict[str, str], retries: RetryPolicy
+) -> Conversation[UpstreamResponse]:
+    """The answer to a request; after a 401 to a second try, if the credential can be renewed."""
+    shown = credential.authorization(client)
+    headers = with_authorization(call.headers, shown)
+    response = yield from send_with_retries(call._replace(headers=headers), retries)
+    if response.status != 401:
+        return response
+    try:
+        newer = credential.authorization(client, rejected=shown)
+    except ShimError:
+        response.source.drop()
+        raise
+    if newer == shown:
+        return response
+    read_error_body(response)
+    headers = with_authorization(call.headers, newer)
+    return (yield from send_with_retries(call._replace(headers=headers), retries))
 
 
 class GatheringSink(MessageAssembler):
@@ -8813,7 +9802,7 @@ def bind_unix(sock: socket.socket, path: str) -> None:
 
 
 # ----------------------------------------------------------------------
-# 14. Command line                           uses: 0 1 3 8 9 10 11 12 13
+# 14. Command line                         uses: 0 1 2 3 8 9 10 11 12 13
 # ----------------------------------------------------------------------
 # OPTIONS is the only list of settings: the parser, the environment, the configuration file and the
 # README's table come from it. Precedence: command line, environment, file, default.
@@ -8827,7 +9816,16 @@ class Settings(NamedTuple):
     upstream: str
     base_url: str
     auth: str
+    fallback_auth: str
     api_key_file: str
+    setup_token_file: str
+    allow_odd_token: bool
+    bundle: str
+    key_helper: str
+    key_helper_ttl: float
+    token_url: Tuple[str, ...]
+    oauth_client_id: str
+    oauth_scope: str
     client_key_file: str
     allow_host: Tuple[str, ...]
     allow_origin: Tuple[str, ...]
@@ -8933,6 +9931,18 @@ def _url(text: str) -> str:
     return re.sub(r"/v1/?$", "", text.rstrip("/"))
 
 
+def _token_urls(text: str) -> Tuple[str, ...]:
+    urls = _names(text)
+    if not urls:
+        raise ValueError("expected a URL")
+    for url in urls:
+        _url(url)
+        host = urllib.parse.urlsplit(url).hostname or ""
+        if not url.startswith("https:") and not is_loopback(host):
+            raise ValueError("a token endpoint must be https://")
+    return urls
+
+
 def _names(text: str) -> Tuple[str, ...]:
     return tuple(name for name in re.split(r"[\s,]+", text) if name)
 
@@ -8999,6 +10009,8 @@ class Option(NamedTuple):
         return f"CLAUDE_SHIM_{self.field.upper()}"
 
 
+AUTH_MODES = tuple(kind for kind in KINDS if kind != "none")
+
 OPTIONS: Tuple[Option, ...] = (
     Option(
         "host",
@@ -9024,14 +10036,42 @@ OPTIONS: Tuple[Option, ...] = (
     ),
     Option(
         "auth",
-        _one_of("auto", "api-key", "passthrough"),
+        _one_of("auto", *AUTH_MODES),
         "auto",
-        "auto, api-key, or passthrough: each client's own key goes upstream",
+        "the credential to use, see Credentials; auto takes the first that is there",
+        "MODE",
+    ),
+    Option(
+        "fallback-auth",
+        _one_of("", *AUTH_MODES),
+        "",
+        "the credential to use when upstream refuses the first, or it is spent",
         "MODE",
     ),
     Option(
         "api-key-file", _text, "", "file that holds the API key; else ANTHROPIC_API_KEY", "FILE"
     ),
+    Option(
+        "setup-token-file",
+        _text,
+        "",
+        "file that holds a setup token; else CLAUDE_CODE_OAUTH_TOKEN",
+        "FILE",
+    ),
+    Option("allow-odd-token", _flag, "no", "take a setup token that does not look like one"),
+    Option("bundle", _text, "", "file of an OAuth login; else the one that `login` writes", "FILE"),
+    Option("key-helper", _text, "", "shell command that prints a key", "COMMAND"),
+    Option("key-helper-ttl", _seconds, "300", "seconds until it is run again", "S"),
+    Option(
+        "token-url",
+        _token_urls,
+        f"{TOKEN_URL} {OLD_TOKEN_URL}",
+        "where an OAuth login is renewed; a second one is asked if the first is a 404",
+        "URL",
+        True,
+    ),
+    Option("oauth-client-id", _text, OAUTH_CLIENT_ID, "client id of an OAuth login", "ID"),
+    Option("oauth-scope", _text, OAUTH_SCOPE, "scopes that `login` asks for", "SCOPES"),
     Option(
         "client-key-file",
         _text,
@@ -9115,6 +10155,17 @@ def config_path(environment: Dict[str, str]) -> str:
     home = environment.get("HOME") or "/nonexistent"
     folder = environment.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
     return os.path.join(folder, "claude-shim", "config.ini")
+
+
+def bundle_path(settings: Settings, environment: Dict[str, str]) -> str:
+    """Return the file of the OAuth login: the one that was named, or the one of `login`."""
+    if settings.bundle:
+        return settings.bundle
+    if os.name == "nt":
+        return os.path.join(environment.get("LOCALAPPDATA", ""), "claude-shim", "oauth.json")
+    home = environment.get("HOME") or "/nonexistent"
+    folder = environment.get("XDG_STATE_HOME") or os.path.join(home, ".local", "state")
+    return os.path.join(folder, "claude-shim", "oauth.json")
 
 
 def sealing_key_path(config: str) -> str:
@@ -9220,22 +10271,282 @@ NO_CREDENTIAL = """claude_shim needs a credential for Claude. Give it one of:
   1. ANTHROPIC_API_KEY=sk-ant-...   an API key from platform.claude.com, in the environment
   2. --api-key-file FILE            the same, in a file that only you can read
   3. --auth passthrough             every client sends a key of its own
+Logins, profiles and other kinds are in the README, under Credentials.
 Or try it without any: python claude_shim.py --upstream echo"""
 
 
-def credential_from(settings: Settings, environment: Dict[str, str]) -> Credential:
+class Search(NamedTuple):
+    """Where credentials are looked for."""
+
+    settings: Settings
+    environment: Dict[str, str]
+    outside: Outside
+
+    def variable(self, name: str) -> str:
+        """Return a variable of the environment; one of white space is none."""
+        return self.environment.get(name, "").strip()
+
+    def exists(self, path: str) -> bool:
+        """Return whether there is a file, though it may be of no use."""
+        return os.path.lexists(os.path.expanduser(path))
+
+
+class Found(NamedTuple):
+    """A credential that is there; only `load` reads it."""
+
+    kind: str
+    source: str
+    load: Callable[[], Credential]
+    given: bool = False  # to claude_shim itself, by an option
+
+
+def _found_bundle(search: Search) -> Optional[Found]:
+    settings, outside = search.settings, search.outside
+    path = bundle_path(settings, search.environment)
+    if not settings.bundle and not search.exists(path):
+        return None
+
+    def load() -> Credential:
+        return Renewed(BundleFile(path, oauth_client(settings), outside), outside)
+
+    return Found("oauth-bundle", path, load, bool(settings.bundle))
+
+
+def _found_setup_token(search: Search) -> Optional[Found]:
+    path, odd = search.settings.setup_token_file, search.settings.allow_odd_token
+    name = path or "CLAUDE_CODE_OAUTH_TOKEN"
+    if not path and not search.variable(name):
+        return None
+
+    def load() -> Credential:
+        text = read_secret_file(path) if path else search.variable(name)
+        return AuthToken(checked_setup_token(text, name, odd), name, "setup-token")
+
+    return Found("setup-token", name, load, bool(path))
+
+
+def _found_api_key(search: Search) -> Optional[Found]:
+    path = search.settings.api_key_file
+    name = path or "ANTHROPIC_API_KEY"
+    if not path and not search.variable(name):
+        return None
+
+    def load() -> Credential:
+        text = _key_text(path, search.outside) if path else search.variable(name)
+        return APIKey(checked_api_key(text, name), name)
+
+    return Found("api-key", name, load, bool(path))
+
+
+def _key_text(path: str, outside: Outside) -> str:
+    """The text of a key file; secrets of containers are open to others, which is a warning here."""
+    try:
+        return read_secret_file(path)
+    except ConfigError as error:
+        text = read_text(path)
+        outside.tell(f"warning: {error}")
+        return text
+
+
+def _found_auth_token(search: Search) -> Optional[Found]:
+    name = "ANTHROPIC_AUTH_TOKEN"
+    token = search.variable(name)
+    return (
+        Found("auth-token", name, lambda: AuthToken(checked_secret(token, name), name))
+        if token
+        else None
+    )
+
+
+def _found_helper(search: Search) -> Optional[Found]:
+    command, seconds = search.settings.key_helper, search.settings.key_helper_ttl
+    if not command:
+        return None
+
+    def load() -> Credential:
+        return Renewed(Helper(command, seconds, search.outside), search.outside)
+
+    return Found("helper", "--key-helper", load, True)
+
+
+def _found_profile(search: Search) -> Optional[Found]:
+    folder = profile_folder(search.environment)
+    name = search.variable("ANTHROPIC_PROFILE")
+    with contextlib.suppress(ConfigError):
+        name = name or read_text(os.path.join(folder, "active_config")).strip()
+    name = name or "default"
+    path = os.path.join(folder, "configs", f"{name}.json")
+    if not search.variable("ANTHROPIC_PROFILE") and not search.exists(path):
+        return None
+    return Found("profile", path, lambda: profile_credential(search, folder, name))
+
+
+def _found_federation(search: Search) -> Optional[Found]:
+    rule = search.variable("ANTHROPIC_FEDERATION_RULE_ID")
+    if not rule:
+        return None
+    names = ("federation_rule_id", "organization_id", "service_account_id", "workspace_id", "scope")
+    fields = {name: search.variable(f"ANTHROPIC_{name.upper()}") for name in names}
+
+    def identity() -> str:
+        path = search.variable("ANTHROPIC_IDENTITY_TOKEN_FILE")
+        return read_text(path) if path else search.variable("ANTHROPIC_IDENTITY_TOKEN")
+
+    def load() -> Credential:
+        return federated(search, search.settings.base_url, fields, identity)
+
+    return Found("federation", "ANTHROPIC_FEDERATION_RULE_ID", load)
+
+
+def federated(
+    search: Search, base_url: str, fields: Dict[str, str], identity: Callable[[], str]
+) -> Credential:
+    """Return workload identity; ConfigError when a part of it is missing."""
+    for name in ("federation_rule_id", "organization_id"):
+        if not fields.get(name):
+            raise ConfigError(f"workload identity needs {name} (ANTHROPIC_{name.upper()})")
+    checked_secret(identity(), "the identity token")
+    client = OAuthClient(_token_urls(f"{base_url}/v1/oauth/token"))
+    given = {name: value for name, value in fields.items() if value}
+    return Renewed(Federation(client, given, identity, search.outside), search.outside)
+
+
+def profile_folder(environment: Dict[str, str]) -> str:
+    """Return where the profiles of Anthropic's SDK and `ant` are."""
+    if environment.get("ANTHROPIC_CONFIG_DIR"):
+        return environment["ANTHROPIC_CONFIG_DIR"]
+    if os.name == "nt":
+        return os.path.join(environment.get("APPDATA", ""), "Anthropic")
+    return os.path.join(environment.get("HOME") or "/nonexistent", ".config", "anthropic")
+
+
+def profile_credential(search: Search, folder: str, name: str) -> Credential:
+    """Return the credential of a profile; ConfigError names what is wrong with it."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"{plain(name)} is no name of a profile")
+    path = os.path.join(folder, "configs", f"{name}.json")
+    try:
+        profile = as_object(loads(read_text(path).encode()), "the profile")
+        details = as_object(profile.get("authentication"), "authentication")
+        base_url = _url(str(profile.get("base_url") or search.settings.base_url))
+        urls = _token_urls(f"{base_url}/v1/oauth/token")
+    except (ShimError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if details.get("type") == "user_oauth":
+        named = details.get("credentials_path") or os.path.join("credentials", f"{name}.json")
+        tokens = os.path.join(folder, os.path.expanduser(str(named)))
+        workspace = str(profile.get("workspace_id") or "")
+        client = OAuthClient(
+            urls,
+            str(details.get("client_id") or OAUTH_CLIENT_ID),
+            headers=[("anthropic-beta", OAUTH_BETA)],
+            beside=[("anthropic-workspace-id", workspace)] if workspace else [],
+            repair="run `ant auth login`",
+        )
+        return Renewed(BundleFile(tokens, client, search.outside, "profile"), search.outside)
+    return _federated_profile(search, base_url, {**profile, **details})
+
+
+def _federated_profile(search: Search, base_url: str, profile: JSON) -> Credential:
+    token = profile.get("identity_token")
+    if profile.get("type") != "oidc_federation" or not isinstance(token, dict):
+        raise ConfigError("the profile is neither user_oauth nor oidc_federation")
+    if token.get("source") != "file" or not isinstance(token.get("path"), str):
+        raise ConfigError("the profile takes its identity token from no file")
+    names = ("federation_rule_id", "organization_id", "service_account_id", "workspace_id", "scope")
+    fields = {name: str(profile.get(name) or "") for name in names}
+    return federated(search, base_url, fields, lambda: read_text(token["path"]))
+
+
+def _found_claude_code(search: Search) -> Optional[Found]:
+    config = search.variable("CLAUDE_SECURESTORAGE_CONFIG_DIR") or search.variable(
+        "CLAUDE_CONFIG_DIR"
+    )
+    home = search.environment.get("HOME") or search.environment.get("USERPROFILE") or "/nonexistent"
+    path = os.path.join(config or os.path.join(home, ".claude"), ".credentials.json")
+    service = keychain_service(config) if sys.platform == "darwin" else ""
+    if not search.exists(path) and not (service and _in_keychain(service, search.outside)):
+        return None
+
+    def load() -> Credential:
+        return Renewed(ClaudeCode(path, service, search.outside), search.outside)
+
+    return Found("claude-code", path, load)
+
+
+def _in_keychain(service: str, outside: Outside) -> bool:
+    """Whether there is an entry; without -w nobody is asked for leave to read it."""
+    with contextlib.suppress(OSError):
+        return outside.run(["/usr/bin/security", "find-generic-password", "-s", service])[0] == 0
+    return False
+
+
+FINDERS: Dict[str, Callable[[Search], Optional[Found]]] = {
+    "oauth-bundle": _found_bundle,
+    "setup-token": _found_setup_token,
+    "api-key": _found_api_key,
+    "auth-token": _found_auth_token,
+    "helper": _found_helper,
+    "federation": _found_federation,
+    "profile": _found_profile,
+    "claude-code": _found_claude_code,
+}
+
+
+def found_credentials(search: Search) -> List[Found]:
+    """Return what is there, best first: what an option of ours names, then in D7's order."""
+    found = [each for each in (find(search) for find in FINDERS.values()) if each]
+    return sorted(found, key=lambda each: not each.given)
+
+
+def pinned_credential(search: Search, mode: str) -> Credential:
+    """Return the credential of one kind; ConfigError when there is none."""
+    if mode == "passthrough":
+        return Passthrough()
+    found = FINDERS[mode](search)
+    if found is None:
+        raise ConfigError(f"there is no {KINDS[mode].name} to use; give it by {KINDS[mode].given}")
+    return found.load()
+
+
+def credential_from(
+    settings: Settings, environment: Dict[str, str], outside: Outside
+) -> Credential:
     """Return what pays upstream; ConfigError when there is nothing."""
     if settings.upstream == "echo":
         return NoCredential()
-    if settings.auth == "passthrough":
-        return Passthrough()
-    if settings.api_key_file:
-        text, source = read_text(settings.api_key_file), settings.api_key_file
-        return APIKey(checked_secret(text, source), source)
-    key = environment.get("ANTHROPIC_API_KEY", "")
-    if not key.strip():
+    search = Search(settings, environment, outside)
+    if settings.auth != "auto":
+        return pinned_credential(search, settings.auth)
+    found = found_credentials(search)
+    if not found:
         raise ConfigError(NO_CREDENTIAL)
-    return APIKey(checked_secret(key, "ANTHROPIC_API_KEY"), "ANTHROPIC_API_KEY")
+    for other in found[1:]:
+        unused = Description(other.kind, other.source)
+        outside.tell(f"note: also found, not used: {unused} (--auth {other.kind} takes it)")
+    return found[0].load()
+
+
+def fallback_from(
+    settings: Settings, environment: Dict[str, str], outside: Outside, first: Credential
+) -> Optional[Credential]:
+    """Return who pays when the first credential does not; ConfigError if that is the same."""
+    if not settings.fallback_auth or settings.upstream == "echo":
+        return None
+    kind = first.describe().kind
+    if kind == settings.fallback_auth:
+        raise ConfigError(f"--fallback-auth: {kind} is used anyway")
+    if kind == "passthrough":  # a client without a key of its own would spend yours
+        raise ConfigError("--fallback-auth: with --auth passthrough you would pay for everybody")
+    return pinned_credential(Search(settings, environment, outside), settings.fallback_auth)
+
+
+CLAUDE_AI_NOTICE = (
+    "notice: this token is of a claude.ai subscription, which Anthropic's terms reserve for its "
+    "own apps: requests may be refused, or billed as extra usage. Other programs are meant to use "
+    "an API key or a profile of `ant auth login`; the supported way to use a subscription is the "
+    "`claude` program"
+)
 
 
 def client_keys_from(settings: Settings, environment: Dict[str, str]) -> ClientKeys:
@@ -9254,9 +10565,9 @@ def client_keys_from(settings: Settings, environment: Dict[str, str]) -> ClientK
     return ClientKeys()
 
 
-def tls_context(settings: Settings) -> Optional[ssl.SSLContext]:
-    """Return the one TLS context for upstream; ConfigError when a file of it cannot be used."""
-    if not settings.base_url.startswith("https:"):
+def tls_context(settings: Settings, url: str) -> Optional[ssl.SSLContext]:
+    """Return a TLS context for `url`; ConfigError when a file of it cannot be used."""
+    if not url.startswith("https:"):
         return None
     context = ssl.create_default_context()
     try:
@@ -9293,11 +10604,74 @@ def upstream_from(settings: Settings) -> Upstream:
         settings.base_url,
         limits=limits,
         extra_headers=settings.upstream_header,
-        context=tls_context(settings),
+        context=tls_context(settings, settings.base_url),
     )
 
 
-def policy_from(settings: Settings, keys: ClientKeys) -> Policy:
+TOKEN_SECONDS = 30.0
+MAX_TOKEN_BYTES = 1 << 20
+
+
+def token_post(settings: Settings, seconds: float = TOKEN_SECONDS) -> TokenPost:
+    """Return how token endpoints are asked: as upstream is, over a connection of its own."""
+
+    def post(request: TokenRequest) -> TokenAnswer:
+        parts = urllib.parse.urlsplit(request.url)
+        headers = [
+            ("content-type", "application/json"),
+            ("accept", "application/json"),
+            ("user-agent", f"claude-shim/{__version__}"),
+            *request.headers,
+        ]
+        call = UpstreamRequest("POST", parts.path, headers, request.body(), patience=seconds)
+        try:
+            context = tls_context(settings, request.url)
+            upstream = HTTPUpstream(f"{parts.scheme}://{parts.netloc}", context=context)
+        except ConfigError as error:
+            raise UpstreamUnreachableError(str(error)) from None
+        with contextlib.closing(upstream):
+            return _read_token_answer(upstream.send(call))
+
+    return post
+
+
+def _read_token_answer(response: UpstreamResponse) -> TokenAnswer:
+    body = b""
+    try:
+        for piece in pieces_of(response.source):
+            body += piece
+            if len(body) > MAX_TOKEN_BYTES:
+                raise UpstreamCutError("the token endpoint does not stop to answer")
+    finally:
+        response.source.drop()
+    return TokenAnswer(response.status, response.headers, body)
+
+
+def outside(settings: Settings, log: Log) -> Outside:
+    """Return the world for a credential."""
+    return Outside(token_post(settings), log.write, log.hide)
+
+
+def oauth_client(settings: Settings) -> OAuthClient:
+    """Return who asks for the tokens of an OAuth login."""
+    return OAuthClient(settings.token_url, settings.oauth_client_id, settings.oauth_scope)
+
+
+def payers_from(
+    settings: Settings, environment: Dict[str, str], log: Log
+) -> Tuple[Credential, Optional[Credential]]:
+    """Return who pays, and who does when the first does not; the log masks what they hold."""
+    world = outside(settings, log)
+    credential = credential_from(settings, environment, world)
+    fallback = fallback_from(settings, environment, world, credential)
+    for payer in filter(None, (credential, fallback)):
+        log.learn(payer.secrets())
+        if KINDS[payer.describe().kind].claude_ai:
+            log.once(CLAUDE_AI_NOTICE)
+    return credential, fallback
+
+
+def policy_from(settings: Settings, keys: ClientKeys, fallback: Optional[Credential]) -> Policy:
     """Return what the settings say about requests."""
     lines = {line: getattr(settings, line) for line in LINES if getattr(settings, line)}
     return Policy(
@@ -9309,6 +10683,7 @@ def policy_from(settings: Settings, keys: ClientKeys) -> Policy:
         settings.upstream != "echo",
         allowed_origins=frozenset(settings.allow_origin),
         responses_store=settings.responses_store,
+        fallback=fallback,
     )
 
 
@@ -9324,10 +10699,10 @@ def limits_from(settings: Settings) -> ServerLimits:
     )
 
 
-def secrets_of(settings: Settings, credential: Credential, keys: ClientKeys) -> List[str]:
+def secrets_of(settings: Settings, keys: ClientKeys) -> List[str]:
     """Return what must never be shown; a header's value of less than 8 characters is a word."""
     added = [value for _, value in settings.upstream_header if len(value) >= 8]
-    return [*credential.secrets(), *keys.secrets(), *added]
+    return [*keys.secrets(), *added]
 
 
 def server_from(
@@ -9338,10 +10713,10 @@ def server_from(
     `config` is the configuration file in use, if it is not the usual one.
     """
     keys = client_keys_from(settings, environment)
-    credential = credential_from(settings, environment)
+    log = Log(log_to, secrets_of(settings, keys), settings.quiet)
+    credential, fallback = payers_from(settings, environment, log)
     context = listener_context(settings)
-    log = Log(log_to, secrets_of(settings, credential, keys), settings.quiet)
-    app = App(upstream_from(settings), credential, policy_from(settings, keys), log)
+    app = App(upstream_from(settings), credential, policy_from(settings, keys, fallback), log)
     app.sealing_key_file = sealing_key_path(config or config_path(environment))
     if settings.responses_store not in ("off", "memory"):
         _check_store(app.store)
@@ -9351,6 +10726,8 @@ def server_from(
     except (OSError, OverflowError) as error:
         raise ConfigError(_cannot_listen(settings, error)) from None
     server.tls = context
+    for payer in app.payers():
+        payer.start()
     return server
 
 
@@ -9360,10 +10737,15 @@ def reconfigure(server: Server, settings: Settings, environment: Dict[str, str])
     ConfigError, and nothing changes, when a setting is wrong.
     """
     keys = client_keys_from(settings, environment)
-    credential = credential_from(settings, environment)
-    server.app.log.learn(secrets_of(settings, credential, keys))
-    server.app.credential, server.app.policy = credential, policy_from(settings, keys)
+    app, former = server.app, server.app.payers()
+    app.log.learn(secrets_of(settings, keys))
+    credential, fallback = payers_from(settings, environment, app.log)
+    app.credential, app.policy = credential, policy_from(settings, keys, fallback)
     server.limits = server.gate.limits = limits_from(settings)
+    for payer in former:
+        payer.close()
+    for payer in app.payers():
+        payer.start()
 
 
 def listening_host(settings: Settings, environment: Dict[str, str]) -> str:
@@ -9442,6 +10824,14 @@ def shown_settings(settings: Settings) -> str:
     return "\n".join(f"{name.replace('_', '-')} = {value}" for name, value in shown.items())
 
 
+def no_core_dumps() -> None:
+    """See to it that a crash writes no secrets to a file."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
@@ -9463,11 +10853,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command; the exit code is 0, or 2 after a wrong setting, told in a sentence."""
     arguments = argument_parser().parse_args(argv)
     environment = dict(os.environ)
+    no_core_dumps()
     try:
         file = config_values(arguments.config, environment)
         settings = settings_from(arguments, environment, file)
         if arguments.check_config:
-            credential = credential_from(settings, environment)
+            world = outside(settings, Log())
+            credential = credential_from(settings, environment, world)
+            fallback_from(settings, environment, world, credential)
             client_keys_from(settings, environment)
             upstream_from(settings).close()
             print(f"{shown_settings(settings)}\ncredential = {credential.describe()}")

@@ -14,6 +14,7 @@ import copy
 import gzip
 import hashlib
 import hmac
+import http.server
 import importlib.util
 import io
 import json
@@ -21,6 +22,8 @@ import math
 import os
 import random
 import re
+import secrets
+import select
 import signal
 import socket
 import ssl
@@ -780,10 +783,10 @@ def test_the_pure_sections_name_no_clock_file_socket_thread_or_chance() -> None:
 # ----------------------------------------------------------------------
 
 
-def test_the_file_has_at_most_10000_lines() -> None:
-    """With what is still to come: OAuth and the CLI upstream."""
+def test_the_file_has_at_most_11000_lines() -> None:
+    """With what is still to come: the CLI upstream."""
     lines = len(HOUSE.lines) - 1
-    assert lines <= 10000
+    assert lines <= 11000
 
 
 def test_no_function_is_longer_than_50_lines() -> None:
@@ -958,6 +961,11 @@ def expected_readme_rows() -> Dict[str, List[List[str]]]:
         "chat-mapped": chat_rows(shim.CHAT_REQUEST),
         "chat-ignored": chat_rows(shim.CHAT_IGNORED),
         "chat-rejected": chat_rows(shim.CHAT_REJECTED),
+        "credentials": [
+            [mode, kind.name, kind.given, kind.payer]
+            for mode, kind in shim.KINDS.items()
+            if mode in shim.AUTH_MODES
+        ],
         "responses-mapped": chat_rows(shim.RESPONSES_REQUEST),
         "responses-ignored": chat_rows(shim.RESPONSES_IGNORED),
         "responses-rejected": chat_rows(shim.RESPONSES_REJECTED),
@@ -10429,13 +10437,13 @@ CREDENTIALS = [
 
 @pytest.mark.parametrize(("credential", "client", "expected"), CREDENTIALS)
 def test_credential_headers(credential: shim.Credential, client: Any, expected: Any) -> None:
-    assert credential.headers(client) == expected
+    assert credential.authorization(client) == expected
 
 
 @pytest.mark.parametrize("client", [{}, {"x-api-key": ""}, {"x-claude-shim-key": "k"}])
 def test_passthrough_without_a_key_is_401(client: Dict[str, str]) -> None:
     with pytest.raises(shim.AuthenticationError) as caught:
-        shim.Passthrough().headers(client)
+        shim.Passthrough().authorization(client)
     assert caught.value.status == 401
     assert "x-api-key" in caught.value.message
 
@@ -10444,7 +10452,7 @@ def test_credential_never_shows_its_secret() -> None:
     key = shim.APIKey("sk-ant-api03-ours", "ANTHROPIC_API_KEY")
     assert key.secrets() == ["sk-ant-api03-ours"]
     assert "sk-ant" not in f"{key!r} {key} {key.describe()}"
-    assert key.describe() == (
+    assert str(key.describe()) == (
         "API key from ANTHROPIC_API_KEY, billed to its Claude Console organisation"
     )
     keys = shim.ClientKeys({"ann": "secret-of-ann"})
@@ -10452,6 +10460,1249 @@ def test_credential_never_shows_its_secret() -> None:
     assert "secret-of-ann" not in f"{keys!r} {keys}"
 
 
+# --- files that hold secrets
+
+ON_POSIX = pytest.mark.skipif(os.name != "posix", reason="modes and owners are POSIX's")
+
+
+def secret_file(path: Path, text: str, mode: int = 0o600) -> str:
+    """Write a file with a mode, and return its path."""
+    path.write_text(text, encoding="utf-8")
+    path.chmod(mode)
+    return str(path)
+
+
+def test_secret_file_is_read_through_a_link_of_its_owner(tmp_path: Path) -> None:
+    path = secret_file(tmp_path / "real", "\ufeffs\u00e9cret")
+    (tmp_path / "link").symlink_to("real")
+    assert shim.read_secret_file(path) == "s\u00e9cret"
+    assert shim.read_secret_file(str(tmp_path / "link")) == "s\u00e9cret"
+
+
+def as_readable(path: Path) -> None:
+    secret_file(path, "hunter2", 0o640)
+
+
+def as_world_readable(path: Path) -> None:
+    secret_file(path, "hunter2", 0o604)
+
+
+def as_link_to_link(path: Path) -> None:
+    (path.parent / "b").symlink_to("c")
+    path.symlink_to("b")
+
+
+def as_latin_1(path: Path) -> None:
+    path.write_bytes(b"hunter2\xe9")
+    path.chmod(0o600)
+
+
+def as_another_users(path: Path) -> None:
+    secret_file(path, "hunter2")
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    os.chown(path, 4711, -1)
+
+
+def as_another_users_link(path: Path) -> None:
+    secret_file(path.parent / "real", "hunter2")
+    path.symlink_to("real")
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a link away")
+    os.chown(path, 4711, -1, follow_symlinks=False)
+
+
+BAD_SECRET_FILES = [
+    case("nothing", lambda path: None, "cannot read {}: No such file or directory"),
+    case("a folder", Path.mkdir, "{} is no regular file"),
+    case("a FIFO, which nobody waits for", os.mkfifo, "{} is no regular file")
+    if hasattr(os, "mkfifo")
+    else case("no FIFO here", Path.mkdir, "{} is no regular file"),
+    case("group-readable", as_readable, "{0} can be read by others: run chmod 600 {0}"),
+    case("world-readable", as_world_readable, "{0} can be read by others: run chmod 600 {0}"),
+    case("a link to a link", as_link_to_link, "cannot read {}: a link to a link"),
+    case("not UTF-8", as_latin_1, "cannot read {}: not UTF-8"),
+    case("another's", as_another_users, "{0} belongs to another user: run chown 0 {0}"),
+    case(
+        "another's link",
+        as_another_users_link,
+        "{} is a symbolic link of another user: name the file itself",
+    ),
+]
+
+
+@ON_POSIX
+@pytest.mark.parametrize(("make", "message"), BAD_SECRET_FILES)
+def test_secret_file_that_is_not_ours_alone_is_refused_with_what_to_do_s1_b7(
+    tmp_path: Path, make: Callable[[Path], Any], message: str
+) -> None:
+    path = tmp_path / "secret"
+    make(path)
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.read_secret_file(str(path))
+    assert str(caught.value) == message.format(path)
+
+
+@ON_POSIX
+def test_secret_file_is_written_for_its_owner_alone(tmp_path: Path) -> None:
+    """Not as wide as the one before it, and a new folder likewise."""
+    old = secret_file(tmp_path / "old", "before", 0o644)
+    shim.write_secret_file(old, "after")
+    assert (Path(old).read_text(), os.stat(old).st_mode & 0o777) == ("after", 0o600)
+    new = tmp_path / "folder" / "new"
+    shim.write_secret_file(str(new), "first")
+    assert new.read_text() == "first"
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to("old")
+    shim.write_secret_file(str(tmp_path / "link"), "through the link")
+    assert (tmp_path / "link").is_symlink()
+    assert Path(old).read_text() == "through the link"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "link", "old"]
+
+
+def test_secret_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        shim.write_secret_file(str(tmp_path / "taken"), "hunter2")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+# --- tokens
+
+NOW = 1_795_300_000.0  # 2026-11-21T22:26:40Z
+
+EXPIRIES = [
+    case("seconds", 1_795_300_000, NOW),
+    case("seconds with a fraction", 1_795_300_000.5, NOW + 0.5),
+    case("milliseconds, as Claude Code writes them", 1_795_300_000_000, NOW),
+    case("seconds as text", "1795300000", NOW),
+    case("ISO 8601 with Z", "2026-11-21T22:26:40Z", NOW),
+    case("ISO 8601 with a fraction of any length", "2026-11-21T22:26:40.12Z", NOW),
+    case("ISO 8601 with an offset", "2026-11-22T00:26:40+02:00", NOW),
+    case("ISO 8601 without one is UTC", "2026-11-21 22:26:40", NOW),
+    case("none", None, None),
+    case("empty", "", None),
+]
+
+
+@pytest.mark.parametrize(("value", "expected"), EXPIRIES)
+def test_expiry_in_all_its_forms_s1_r8(value: Any, expected: Optional[float]) -> None:
+    text = json.dumps({"access_token": "at", "refresh_token": "rt", "expires_at": value})
+    assert shim.parsed_bundle(text, "FILE") == shim.Bundle("at", "rt", expected)
+
+
+BAD_BUNDLES = [
+    case("no JSON", "hunter2", "FILE is no JSON object with the texts access_token, refresh_token"),
+    case(
+        "a list", '["hunter2"]', "FILE is no JSON object with the texts access_token, refresh_token"
+    ),
+    case(
+        "too deep",
+        "[" * 100_000,
+        "FILE is no JSON object with the texts access_token, refresh_token",
+    ),
+    case(
+        "no access token",
+        '{"refresh_token": "hunter2"}',
+        "FILE is no JSON object with the texts access_token, refresh_token",
+    ),
+    case(
+        "a token that is a number",
+        '{"access_token": "a", "refresh_token": 2}',
+        "FILE is no JSON object with the texts access_token, refresh_token",
+    ),
+    case(
+        "a token that could break out of its header",
+        '{"access_token": "a\\r\\nX-Evil: hunter2"}',
+        "the key from FILE holds white space or characters beyond ASCII",
+    ),
+    case(
+        "an expiry that is none",
+        '{"access_token": "a", "expires_at": "hunter2"}',
+        "FILE: expires_at is neither ISO 8601 nor seconds or milliseconds",
+    ),
+    case(
+        "an expiry that is true",
+        '{"access_token": "a", "expires_at": true}',
+        "FILE: expires_at is neither ISO 8601 nor seconds or milliseconds",
+    ),
+    case(
+        "Claude Code's own",
+        '{"claudeAiOauth": {"accessToken": "hunter2"}}',
+        "FILE is Claude Code's own file: use --auth claude-code instead",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_BUNDLES)
+def test_bad_bundle_is_told_without_showing_it(text: str, message: str) -> None:
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.parsed_bundle(text, "FILE")
+    assert str(caught.value) == message
+
+
+WRITTEN_EXPIRIES = [
+    case("seconds stay seconds", 5, 1_795_300_000),
+    case("milliseconds stay milliseconds", 1_700_000_000_000, 1_795_300_000_000),
+    case("text stays text", "2020-01-01T00:00:00Z", "2026-11-21T22:26:40Z"),
+    case("without one it is text", None, "2026-11-21T22:26:40Z"),
+]
+
+
+@pytest.mark.parametrize(("old", "expected"), WRITTEN_EXPIRIES)
+def test_bundle_is_written_in_the_form_it_had(old: Any, expected: Any) -> None:
+    document = {"version": "1.0", "expires_at": old, "access_token": "old"}
+    text = shim.bundle_text(shim.Bundle("at", "rt", NOW), document)
+    assert json.loads(text) == {
+        "version": "1.0",
+        "expires_at": expected,
+        "access_token": "at",
+        "refresh_token": "rt",
+    }
+
+
+def test_no_repr_shows_a_token() -> None:
+    values = (
+        shim.Bundle("hunter2", "hunter2", 5.0),
+        shim.TokenRequest("https://a.example", {"refresh_token": "hunter2"}),
+        shim.TokenAnswer(200, [], b"hunter2"),
+        shim.AuthToken("hunter2", "X"),
+        shim.Renewed(Rotating(shim.Bundle("hunter2")), world()),
+    )
+    assert "hunter2" not in f"{values!r} {values[0]} {values[1]} {values[2]}"
+
+
+class WallClock:
+    """A clock that a test sets."""
+
+    def __init__(self, now: float = NOW) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+TokenScript = Union[shim.TokenAnswer, Exception]
+
+
+def in_tokens(access: str, refresh: Optional[str] = "rt-2", expires_in: Any = 3600) -> TokenScript:
+    """An answer of a token endpoint: tokens."""
+    body = {"access_token": access, "refresh_token": refresh, "expires_in": expires_in}
+    given = {name: value for name, value in body.items() if value is not None}
+    return shim.TokenAnswer(200, [], json.dumps(given).encode())
+
+
+def no_tokens(status: int, body: Any = b"", **headers: str) -> TokenScript:
+    """An answer of a token endpoint: an error."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return shim.TokenAnswer(status, list(headers.items()), raw)
+
+
+class TokenEndpoint:
+    """Plays one answer a request, the last one again and again, and records what it got."""
+
+    def __init__(self, *answers: TokenScript) -> None:
+        self._answers = list(answers)
+        self.requests: List[shim.TokenRequest] = []
+
+    def __call__(self, request: shim.TokenRequest) -> shim.TokenAnswer:
+        self.requests.append(request)
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class World:
+    """What a credential sees of the world, recorded."""
+
+    def __init__(self, *answers: TokenScript, run: Any = None) -> None:
+        self.endpoint = TokenEndpoint(*answers)
+        self.told: List[str] = []
+        self.hidden: List[str] = []
+        self.clock = WallClock()
+        self.full = False
+        self.outside = shim.Outside(
+            self.endpoint,
+            self.told.append,
+            self.hidden.append,
+            self.clock,
+            run or self.run,
+            self.save,
+        )
+
+    def save(self, path: str, text: str) -> None:
+        if self.full:
+            raise OSError(28, "No space left on device")
+        shim.write_secret_file(path, text)
+
+    def run(self, command: Sequence[str]) -> Tuple[int, str]:
+        raise AssertionError(f"no program should run: {command}")
+
+
+def world(*answers: TokenScript) -> shim.Outside:
+    """A world without a record."""
+    return World(*answers).outside
+
+
+VOID = "h.example says that the login is no longer valid: run `claude_shim login`"
+NO_TOKEN = "check --token-url, or log in to your network first"
+
+TOKEN_ANSWERS = [
+    case("invalid_grant is final", no_tokens(400, {"error": "invalid_grant"}), 401, VOID),
+    case(
+        "invalid_grant in Anthropic's form",
+        no_tokens(401, {"type": "error", "error": {"type": "invalid_grant", "message": "hunter2"}}),
+        401,
+        VOID,
+    ),
+    case(
+        "another error is named, its words are not",
+        no_tokens(400, {"error": "invalid_client", "error_description": "hunter2"}),
+        503,
+        "the token endpoint h.example answered with status 400 (invalid_client)",
+    ),
+    case(
+        "an error that is no name",
+        no_tokens(403, {"error": "hunter2 <script>"}),
+        503,
+        "the token endpoint h.example answered with status 403",
+    ),
+    case(
+        "too many requests",
+        no_tokens(429),
+        503,
+        "the token endpoint h.example answered with status 429",
+    ),
+    case(
+        "a fault",
+        no_tokens(500, b"<html>"),
+        503,
+        "the token endpoint h.example answered with status 500",
+    ),
+    case(
+        "a page of a network that wants a login",
+        no_tokens(200, b"<html>hunter2"),
+        503,
+        f"the token endpoint h.example answered with what is no token: {NO_TOKEN}",
+    ),
+    case(
+        "a token that is no text",
+        no_tokens(200, {"access_token": 5}),
+        503,
+        f"the token endpoint h.example answered with what is no token: {NO_TOKEN}",
+    ),
+    case(
+        "a token that could break out of its header",
+        no_tokens(200, {"access_token": "a\r\nX-Evil: hunter2"}),
+        503,
+        f"the token endpoint h.example answered with what is no token: {NO_TOKEN}",
+    ),
+    case(
+        "a redirect, which would carry the login away",
+        no_tokens(307, location="https://evil.example/token?hunter2"),
+        503,
+        "the token endpoint h.example redirects to evil.example, which is not followed: "
+        "check --token-url",
+    ),
+    case(
+        "a redirect to nowhere",
+        no_tokens(302, location="http://[hunter2"),
+        503,
+        "the token endpoint h.example redirects to another page, which is not followed: "
+        "check --token-url",
+    ),
+    case(
+        "nobody there",
+        shim.UpstreamUnreachableError("cannot reach upstream at h.example: refused"),
+        503,
+        "the token endpoint h.example gave no answer: cannot reach upstream at h.example: refused",
+    ),
+]
+
+
+@pytest.mark.parametrize(("answer", "status", "message"), TOKEN_ANSWERS)
+def test_token_endpoint_that_gives_none(answer: TokenScript, status: int, message: str) -> None:
+    client = shim.OAuthClient(("https://h.example/token",))
+    with pytest.raises((shim.CredentialError, shim.CredentialUnavailableError)) as caught:
+        shim.granted(world(answer), client, {"refresh_token": "hunter2"})
+    assert (caught.value.status, caught.value.message) == (status, message)
+
+
+LIFETIMES = [
+    case("as told", 28_800, NOW + 28_800),
+    case("an hour when it is not told", None, NOW + 3600),
+    case("an hour when it is no number", "soon", NOW + 3600),
+    case("never less than two minutes, for the endpoint's sake", 0, NOW + 120),
+    case("never in the past", -5, NOW + 120),
+    case("never beyond ten years", 1e300, NOW + 315_360_000),
+]
+
+
+@pytest.mark.parametrize(("expires_in", "expected"), LIFETIMES)
+def test_lifetime_of_a_token(expires_in: Any, expected: float) -> None:
+    there = World(in_tokens("at-2", "rt-2", expires_in))
+    bundle = shim.granted(there.outside, shim.OAuthClient(), {})
+    assert bundle == shim.Bundle("at-2", "rt-2", expected)
+    assert there.hidden == ["at-2", "rt-2"]
+
+
+def test_older_host_is_asked_when_the_new_one_has_no_such_endpoint_s1_b2() -> None:
+    there = World(no_tokens(404), in_tokens("at-2"))
+    assert shim.granted(there.outside, shim.OAuthClient(), {"a": "b"}).access_token == "at-2"
+    assert [(request.url, request.fields) for request in there.endpoint.requests] == [
+        ("https://platform.claude.com/v1/oauth/token", {"a": "b"}),
+        ("https://console.anthropic.com/v1/oauth/token", {"a": "b"}),
+    ]
+
+
+def test_no_other_host_is_asked_when_one_is_named() -> None:
+    there = World(no_tokens(404), in_tokens("at-2"))
+    with pytest.raises(shim.CredentialUnavailableError):
+        shim.granted(there.outside, shim.OAuthClient(("https://h.example/token",)), {})
+    assert [request.url for request in there.endpoint.requests] == ["https://h.example/token"]
+
+
+# --- tokens that are renewed
+
+
+class Rotating(shim.TokenSource):
+    """Gives token after token; records which it was asked to replace."""
+
+    kind = "oauth-bundle"
+    place = "FILE"
+
+    def __init__(self, first: shim.Bundle, *later: Union[shim.Bundle, Exception]) -> None:
+        self._first = first
+        self._later = list(later)
+        self.asked: List[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def current(self) -> shim.Bundle:
+        return self._first
+
+    def renewed(self, old: shim.Bundle) -> shim.Bundle:
+        self.asked.append(old.access_token)
+        self.entered.set()
+        assert self.gate.wait(PATIENCE)
+        later = self._later.pop(0) if len(self._later) > 1 else self._later[0]
+        if isinstance(later, Exception):
+            raise later
+        return later
+
+
+def shown(token: str) -> shim.HeaderList:
+    return [("authorization", f"Bearer {token}"), ("anthropic-beta", "oauth-2025-04-20")]
+
+
+LATER = shim.Bundle("at-2", "rt-2", NOW + 7200)
+MOMENTS = [
+    case("long before its end", NOW + 3600, "at-1", []),
+    case("61 s before its end", NOW + 61, "at-1", []),
+    case("60 s before its end (S1-R14)", NOW + 60, "at-2", ["at-1"]),
+    case("after its end", NOW - 1, "at-2", ["at-1"]),
+    case("an end in 1970", 0.0, "at-2", ["at-1"]),
+    case("no end", None, "at-1", []),
+]
+
+
+@pytest.mark.parametrize(("expires_at", "token", "asked"), MOMENTS)
+def test_token_is_renewed_shortly_before_its_end(
+    expires_at: Optional[float], token: str, asked: List[str]
+) -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", expires_at), LATER)
+    credential = shim.Renewed(source, world())
+    assert credential.authorization({}) == shown(token)
+    assert credential.authorization({}) == shown(token)
+    assert source.asked == asked
+
+
+def test_token_that_has_to_be_renewed_is_not_ready_for_a_thread_that_must_not_wait() -> None:
+    there = World()
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 62), LATER)
+    credential = shim.Renewed(source, there.outside)
+    ready = []
+    for _ in range(3):
+        ready.append(credential.ready())
+        there.clock.now += 1
+    assert ready == [True, False, False]
+    assert shim.APIKey("k", "the test").ready()
+
+
+def test_clock_that_jumps_costs_one_renewal_at_most() -> None:
+    there = World()
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 3600), shim.Bundle("at-2", "", NOW + 1e7))
+    credential = shim.Renewed(source, there.outside)
+    there.clock.now = NOW + 86_400
+    assert credential.authorization({}) == shown("at-2")
+    there.clock.now = NOW - 86_400
+    assert credential.authorization({}) == shown("at-2")
+    assert source.asked == ["at-1"]
+
+
+def in_parallel(count: int, work: Callable[[int], Any]) -> List[Any]:
+    """What `work` returns in as many threads, which start together."""
+    barrier = threading.Barrier(count)
+    results: List[Any] = [None] * count
+
+    def run(number: int) -> None:
+        barrier.wait(PATIENCE)
+        results[number] = work(number)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * PATIENCE)
+    return results
+
+
+def test_hundred_threads_that_meet_an_expired_token_renew_it_once_s1_r15() -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW - 1), LATER)
+    credential = shim.Renewed(source, world())
+    assert in_parallel(100, lambda _: credential.authorization({})) == [shown("at-2")] * 100
+    assert source.asked == ["at-1"]
+
+
+def test_hundred_threads_whose_token_was_refused_renew_it_once_s1_r16() -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 3600), LATER)
+    credential = shim.Renewed(source, world())
+    refused = credential.authorization({})
+    results = in_parallel(100, lambda _: credential.authorization({}, refused))
+    assert results == [shown("at-2")] * 100
+    assert source.asked == ["at-1"]
+
+
+def test_refusal_of_an_older_token_says_nothing_of_the_newer() -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 3600), LATER)
+    credential = shim.Renewed(source, world())
+    assert credential.authorization({}, shown("at-0")) == shown("at-1")
+    assert source.asked == []
+
+
+def test_token_that_is_refused_right_after_its_renewal_is_not_renewed_again() -> None:
+    """The fault lies elsewhere, and the endpoint answers 429 when it is hammered."""
+    there = World()
+    source = Rotating(shim.Bundle("at-1", "", NOW + 3600), LATER, shim.Bundle("at-3", "", None))
+    credential = shim.Renewed(source, there.outside)
+    assert credential.authorization({}, shown("at-1")) == shown("at-2")
+    assert credential.authorization({}, shown("at-2")) == shown("at-2")
+    there.clock.now += 31
+    assert credential.authorization({}, shown("at-2")) == shown("at-3")
+
+
+def test_token_that_is_still_good_is_used_while_another_thread_renews_it() -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 30), LATER)
+    source.gate.clear()
+    credential = shim.Renewed(source, world())
+    renewing = threading.Thread(target=credential.authorization, args=({},))
+    renewing.start()
+    assert source.entered.wait(PATIENCE)
+    assert credential.authorization({}) == shown("at-1")
+    source.gate.set()
+    renewing.join(PATIENCE)
+    assert credential.authorization({}) == shown("at-2")
+
+
+def test_renewal_that_fails_is_tried_later_and_the_old_token_serves_while_it_is_good() -> None:
+    there = World()
+    down = shim.CredentialUnavailableError("h.example is down")
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 50), down, down, LATER)
+    credential = shim.Renewed(source, there.outside)
+    assert [credential.authorization({}) for _ in range(3)] == [shown("at-1")] * 3
+    assert source.asked == ["at-1"]
+    there.clock.now += 5
+    assert credential.authorization({}) == shown("at-1")
+    assert there.told == [
+        "warning: h.example is down; next try in 5 s",
+        "warning: h.example is down; next try in 10 s",
+    ]
+    there.clock.now += 9
+    assert credential.authorization({}) == shown("at-1")
+    there.clock.now += 1
+    assert credential.authorization({}) == shown("at-2")
+    assert source.asked == ["at-1", "at-1", "at-1"]
+
+
+def test_expired_token_that_cannot_be_renewed_now_is_503_with_retry_after() -> None:
+    there = World()
+    down = shim.CredentialUnavailableError("h.example is down", 20.0)
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW - 1), down)
+    credential = shim.Renewed(source, there.outside)
+    for waited, left in ((0, "20"), (15, "5")):
+        there.clock.now = NOW + waited
+        with pytest.raises(shim.CredentialUnavailableError) as caught:
+            credential.authorization({})
+        told = (caught.value.status, caught.value.message, caught.value.headers)
+        assert told == (503, "h.example is down", [("retry-after", left)])
+    assert source.asked == ["at-1"]
+
+
+def test_retry_after_of_the_endpoint_is_obeyed_and_our_own_waits_have_an_end() -> None:
+    there = World()
+    source = Rotating(
+        shim.Bundle("at-1", "rt-1", NOW - 1),
+        shim.CredentialUnavailableError("too many requests", 3600.0),
+        *[shim.CredentialUnavailableError("down")] * 8,
+    )
+    credential = shim.Renewed(source, there.outside)
+    for seconds in (0, 3599, 1, *[300] * 7):
+        there.clock.now += seconds
+        with pytest.raises(shim.CredentialUnavailableError):
+            credential.authorization({})
+    assert [line.partition("; ")[2] for line in there.told] == [
+        f"next try in {wait} s" for wait in (3600, 10, 20, 40, 80, 160, 300, 300, 300)
+    ]
+
+
+def test_clock_that_is_set_back_does_not_stretch_the_wait() -> None:
+    there = World()
+    down = shim.CredentialUnavailableError("h.example is down")
+    source = Rotating(shim.Bundle("at-1", "rt-1", 0.0), down, LATER)
+    credential = shim.Renewed(source, there.outside)
+    with pytest.raises(shim.CredentialUnavailableError):
+        credential.authorization({})
+    there.clock.now -= 86_400
+    assert credential.authorization({}) == shown("at-2")
+
+
+def test_timer_renews_a_token_that_nobody_asks_for_and_ends_with_the_credential() -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", time.time() + 60.2), LATER)
+    told: List[str] = []
+    outside = shim.Outside(TokenEndpoint(), told.append)
+    credential = shim.Renewed(source, outside)
+    credential.start()
+    assert source.entered.wait(PATIENCE)
+    credential.close()
+    assert (source.asked, told) == (["at-1"], [])
+    assert credential.describe().expires_at == NOW + 7200
+
+
+# --- logins in files
+
+
+def login_file(folder: Path, expires_at: Any = 0, **more: Any) -> str:
+    """A login that has to be renewed."""
+    login = {"access_token": "at-1", "refresh_token": "rt-1", "expires_at": expires_at, **more}
+    return secret_file(folder / "oauth.json", json.dumps(login))
+
+
+def renewed_from(path: str, there: World) -> shim.Renewed:
+    client = shim.OAuthClient(("https://h.example/token",))
+    return shim.Renewed(shim.BundleFile(path, client, there.outside), there.outside)
+
+
+def test_login_is_renewed_and_written_before_it_is_used(tmp_path: Path) -> None:
+    path = login_file(tmp_path, note="kept")
+    there = World(in_tokens("at-2", "rt-2", 28_800))
+    assert renewed_from(path, there).authorization({}) == shown("at-2")
+    assert [request.fields for request in there.endpoint.requests] == [
+        {
+            "grant_type": "refresh_token",
+            "refresh_token": "rt-1",
+            "client_id": "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
+        }
+    ]
+    assert json.loads(Path(path).read_text()) == {
+        "access_token": "at-2",
+        "refresh_token": "rt-2",
+        "expires_at": 1_795_328_800,
+        "note": "kept",
+    }
+    assert os.name == "nt" or os.stat(path).st_mode & 0o777 == 0o600
+    assert set(there.hidden) == {"at-1", "rt-1", "at-2", "rt-2"}
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["oauth.json", "oauth.json.lock"]
+
+
+def test_answer_without_a_refresh_token_keeps_the_old_one(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    renewed_from(path, World(in_tokens("at-2", None))).authorization({})
+    assert json.loads(Path(path).read_text())["refresh_token"] == "rt-1"
+
+
+def test_what_another_process_wrote_is_adopted_s1_b3(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    first, second = World(in_tokens("at-2")), World(in_tokens("never"))
+    one, other = renewed_from(path, first), renewed_from(path, second)
+    assert one.authorization({}) == shown("at-2")
+    assert other.authorization({}) == shown("at-2")
+    assert (len(first.endpoint.requests), len(second.endpoint.requests)) == (1, 0)
+
+
+def test_newest_refresh_token_of_the_file_is_used_when_its_token_has_ended_too(
+    tmp_path: Path,
+) -> None:
+    path = login_file(tmp_path)
+    there = World(in_tokens("at-3"))
+    credential = renewed_from(path, there)
+    login_file(tmp_path, access_token="at-2", refresh_token="rt-2")
+    assert credential.authorization({}) == shown("at-3")
+    assert there.endpoint.requests[0].fields["refresh_token"] == "rt-2"
+
+
+def test_void_login_is_asked_for_once_and_works_again_after_a_new_one(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    there = World(no_tokens(400, {"error": "invalid_grant"}))
+    credential = renewed_from(path, there)
+    for _ in range(2):
+        with pytest.raises(shim.CredentialError) as caught:
+            credential.authorization({})
+        assert caught.value.message == (
+            f"the login of {path} is no longer valid: run `claude_shim login`"
+        )
+    assert len(there.endpoint.requests) == 1
+    assert json.loads(Path(path).read_text())["refresh_token"] == "rt-1"
+    login_file(tmp_path, NOW + 3600, access_token="at-9", refresh_token="rt-9")
+    assert credential.authorization({}) == shown("at-9")
+
+
+def test_refused_login_is_read_again_for_a_program_without_our_lock(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    there = World()
+
+    def post(request: shim.TokenRequest) -> shim.TokenAnswer:
+        login_file(tmp_path, NOW + 3600, access_token="at-2", refresh_token="rt-2")
+        return shim.TokenAnswer(400, [], b'{"error": "invalid_grant"}')
+
+    outside = there.outside._replace(post=post)
+    credential = shim.Renewed(shim.BundleFile(path, shim.OAuthClient(), outside), outside)
+    assert credential.authorization({}) == shown("at-2")
+
+
+def test_what_a_killed_process_wrote_is_put_in_place_by_the_next(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    login = {"access_token": "at-2", "refresh_token": "rt-2", "expires_at": NOW + 3600}
+    there = World(in_tokens("never"))
+    credential = renewed_from(path, there)
+    secret_file(tmp_path / "oauth.json.new", json.dumps(login))
+    assert credential.authorization({}) == shown("at-2")
+    assert there.endpoint.requests == []
+    assert json.loads(Path(path).read_text()) == login
+    assert not (tmp_path / "oauth.json.new").exists()
+
+
+def test_half_of_what_a_killed_process_wrote_is_overwritten(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    secret_file(tmp_path / "oauth.json.new", '{"access_token": "at-')
+    assert renewed_from(path, World(in_tokens("at-2"))).authorization({}) == shown("at-2")
+    assert json.loads(Path(path).read_text())["access_token"] == "at-2"
+    assert not (tmp_path / "oauth.json.new").exists()
+
+
+def test_login_that_is_gone_is_told_with_the_command_that_makes_one(tmp_path: Path) -> None:
+    path = login_file(tmp_path)
+    credential = renewed_from(path, World(in_tokens("never")))
+    os.unlink(path)
+    with pytest.raises(shim.CredentialError) as caught:
+        credential.authorization({})
+    assert caught.value.message == (
+        f"cannot read {path}: No such file or directory; run `claude_shim login`"
+    )
+
+
+def test_login_without_a_refresh_token_says_so_when_it_ends(tmp_path: Path) -> None:
+    path = login_file(tmp_path, refresh_token="")
+    with pytest.raises(shim.CredentialError) as caught:
+        renewed_from(path, World(in_tokens("never"))).authorization({})
+    assert caught.value.message == f"{path} cannot be renewed: run `claude_shim login`"
+
+
+def test_token_that_cannot_be_written_serves_and_nobody_else_may_renew_meanwhile(
+    tmp_path: Path,
+) -> None:
+    """On a full disk the file still holds a spent refresh token: using that would end the login."""
+    path = login_file(tmp_path)
+    there = World(in_tokens("at-2"))
+    there.full = True
+    client = shim.OAuthClient(("https://h.example/token",))
+    source = shim.BundleFile(path, client, there.outside)
+    credential = shim.Renewed(source, there.outside)
+    assert credential.authorization({}) == shown("at-2")
+    assert json.loads(Path(path).read_text())["refresh_token"] == "rt-1"
+    told = f"error: the renewed login cannot be written to {path}: No space left on device; "
+    assert there.told == [
+        f"{told}it lives in this process only, and is lost when that ends: mend it soon"
+    ]
+    with pytest.raises(shim.CredentialUnavailableError) as caught:
+        shim.lock_file(f"{path}.lock", 0.01)
+    assert caught.value.message == f"another process does not let go of {path}.lock"
+    source.settle()
+    assert len(there.told) == 1  # once is enough
+    there.full = False
+    credential.close()
+    assert json.loads(Path(path).read_text())["refresh_token"] == "rt-2"
+    lock = shim.lock_file(f"{path}.lock", 0.01)
+    assert lock is not None
+    os.close(lock)
+
+
+def test_read_only_folder_is_a_warning_at_the_start_and_no_crash_at_the_renewal(
+    tmp_path: Path,
+) -> None:
+    path = login_file(tmp_path)
+    os.chmod(tmp_path, 0o500)
+    try:
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("root may write everywhere")
+        there = World(in_tokens("at-2"))
+        credential = renewed_from(path, there)
+        assert there.told[0].startswith(f"warning: {tmp_path} is read-only: ")
+        assert credential.authorization({}) == shown("at-2")
+    finally:
+        os.chmod(tmp_path, 0o700)
+
+
+def test_lock_of_a_folder_that_takes_no_files_is_none(tmp_path: Path) -> None:
+    assert shim.lock_file(str(tmp_path / "missing" / "f.lock"), 0.01) is None
+
+
+def test_lock_that_is_another_users_is_told_and_not_done_without(tmp_path: Path) -> None:
+    (tmp_path / "f.lock").mkdir()
+    with pytest.raises(shim.CredentialUnavailableError) as caught:
+        shim.lock_file(str(tmp_path / "f.lock"), 0.01)
+    assert caught.value.message.startswith(f"cannot open {tmp_path}/f.lock: ")
+
+
+# --- many processes, one login
+
+
+class RotatingLogin:
+    """A token endpoint on a socket whose refresh tokens work once: a second use ends the login.
+
+    It knows who got which token, by the process that asked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.refreshes = 0
+        self.reuses: List[str] = []  # that nothing excuses
+        self.orphans: Set[str] = set()  # whose successor went to a process that was killed
+        self.killed: Set[int] = set()
+        self._valid = ""
+        self._owners: Dict[str, int] = {}  # spent refresh token -> who got the one after it
+        self._lock = threading.Lock()
+        login = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                status, answer = login.answer(body["refresh_token"], int(self.headers["x-pid"]))
+                raw = json.dumps(answer).encode()
+                head = f"HTTP/1.1 {status} -\r\ncontent-length: {len(raw)}\r\n\r\n"
+                with contextlib.suppress(OSError):
+                    self.wfile.write(head.encode() + raw)  # two writes would wait for an ACK
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/token"
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield
+        finally:
+            self._server.shutdown()
+            self._server.server_close()
+            thread.join()
+
+    def fresh_login(self) -> str:
+        """The text of a new login that has to be renewed at once."""
+        with self._lock:
+            self._valid = f"rt-{secrets.token_hex(8)}"
+            return json.dumps({"access_token": "at", "refresh_token": self._valid, "expires_at": 1})
+
+    def answer(self, token: str, pid: int) -> Tuple[int, JSON]:
+        with self._lock:
+            if token != self._valid:
+                unsaved = json.loads(self.path.read_text())["refresh_token"] == token
+                if self._owners.get(token) in self.killed and unsaved:
+                    self.orphans.add(token)  # no program could have saved it
+                else:
+                    self.reuses.append(f"{token} of {self._owners.get(token)} by {pid}")
+                self._valid = ""
+                return 400, {"error": "invalid_grant"}
+            self.refreshes += 1
+            self._owners[token] = pid
+            self._valid = f"rt-{secrets.token_hex(8)}"
+            access = f"at-{self.refreshes}"
+            return 200, {"access_token": access, "refresh_token": self._valid, "expires_in": 120}
+
+
+# A process that uses a login until its standard input ends. Its clock runs 2,000 times as fast, so
+# that a token of two minutes is due after 30 ms. With "full", two writes in three meet a full disk.
+STORM_PROCESS = """
+import os, random, resource, sys, threading, time
+import claude_shim as shim
+path, url, started, full = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4] == "full"
+settings = shim.settings_from(shim.argument_parser().parse_args([]), {}, {})
+ask = shim.token_post(settings)
+ended = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+def post(request):
+    return ask(request._replace(headers=[("x-pid", str(os.getpid()))]))
+def save(path, text):
+    limit = 10 if full and not ended.is_set() and random.random() < 0.66 else -1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+    shim.write_secret_file(path, text)
+shim.Renewed.TICK = 0.05
+clock = lambda: started + (time.time() - started) * 2000
+outside = shim.Outside(post, clock=clock, save=save)
+source = shim.BundleFile(path, shim.OAuthClient((url,)), outside)
+credential = shim.Renewed(source, outside)
+credential.start()
+while not ended.wait(0.005):
+    try:
+        credential.authorization({})
+    except (shim.CredentialError, shim.CredentialUnavailableError):
+        pass
+credential.close()
+"""
+
+
+class Storm(NamedTuple):
+    """What came of many processes that share a login."""
+
+    refreshes: int
+    reuses: List[str]
+    logins: int  # that had to be made: the first, and one for each token that a kill orphaned
+    orphans: int
+    kills: int
+    valid: bool  # whether the file holds a login at the end that can be renewed
+
+
+def storm(folder: Path, processes: int, refreshes: int, kills: bool, disk: str = "fine") -> Storm:
+    """Have processes use one login until it was renewed so many times."""
+    path, chance = folder / "oauth.json", random.Random(4)
+    login = RotatingLogin(path)
+    logins, killed, killed_at, started = 0, 0, 1, str(time.time())
+    command = [sys.executable, "-B", "-c", STORM_PROCESS, str(path), login.url, started, disk]
+    running: List[subprocess.Popen[bytes]] = []
+    deadline = time.monotonic() + 120
+    environment = {**os.environ, "PYTHONPATH": str(MODULE_FILE.parent)}
+    with login.serving():
+        try:
+            while login.refreshes < refreshes and time.monotonic() < deadline:
+                if not login._valid:
+                    lock = shim.lock_file(f"{path}.lock")
+                    assert lock is not None
+                    shim.write_secret_file(str(path), login.fresh_login())
+                    os.close(lock)
+                    logins += 1
+                shim.parsed_bundle(shim.read_secret_file(str(path)), "a torn file")
+                while len(running) < processes:
+                    running.append(
+                        subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+                    )
+                select.select([], [], [], chance.uniform(0.01, 0.2))
+                if kills and login.refreshes >= killed_at + 2:
+                    victim = running.pop(chance.randrange(len(running)))
+                    login.killed.add(victim.pid)
+                    victim.kill()
+                    victim.communicate()
+                    killed, killed_at = killed + 1, login.refreshes
+        finally:
+            for process in running:
+                process.communicate(timeout=30)
+        last = shim.parsed_bundle(shim.read_secret_file(str(path)), "a torn file")
+        valid = last.refresh_token == login._valid
+    return Storm(login.refreshes, login.reuses, logins, len(login.orphans), killed, valid)
+
+
+@ON_POSIX
+@pytest.mark.parametrize("disk", ["fine", "full"])
+def test_processes_that_share_a_login_never_use_a_refresh_token_twice_s1_b3(
+    tmp_path: Path, disk: str
+) -> None:
+    """`.ci/check_refresh.py` does it with more of them, for longer, and with kill -9."""
+    came = storm(tmp_path, 2, 6, False, disk)
+    assert came.refreshes >= 6
+    assert (came.reuses, came.logins, came.valid) == ([], 1, True)
+
+
+# --- other sources
+
+
+def test_workload_identity_exchanges_the_token_of_its_platform() -> None:
+    identities = ["jwt-1\n", "jwt-2"]
+    there = World(in_tokens("sk-ant-oat01-a", "not used", 600), in_tokens("sk-ant-oat01-b"))
+    fields = {"federation_rule_id": "fdrl_1", "organization_id": "org_1"}
+    client = shim.OAuthClient(("https://h.example/v1/oauth/token",))
+    source = shim.Federation(client, fields, lambda: identities.pop(0), there.outside)
+    credential = shim.Renewed(source, there.outside)
+    assert credential.authorization({}) == shown("sk-ant-oat01-a")
+    there.clock.now += 541
+    assert credential.authorization({}) == shown("sk-ant-oat01-b")
+    grant = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+    assert [(request.fields, request.headers) for request in there.endpoint.requests] == [
+        (
+            {"grant_type": grant, "assertion": assertion, **fields},
+            [("anthropic-beta", "oauth-2025-04-20,oidc-federation-2026-04-01")],
+        )
+        for assertion in ("jwt-1", "jwt-2")
+    ]
+    assert there.hidden == [
+        "jwt-1",
+        "sk-ant-oat01-a",
+        "not used",
+        "jwt-2",
+        "sk-ant-oat01-b",
+        "rt-2",
+    ]
+
+
+BAD_IDENTITIES = [
+    case("none", "", "the key from the identity token is empty"),
+    case("refused", "jwt", VOID),
+]
+
+
+@pytest.mark.parametrize(("identity", "message"), BAD_IDENTITIES)
+def test_bad_identity_is_tried_again_later(identity: str, message: str) -> None:
+    there = World(no_tokens(400, {"error": "invalid_grant"}))
+    client = shim.OAuthClient(("https://h.example/v1/oauth/token",))
+    source = shim.Federation(client, {}, lambda: identity, there.outside)
+    with pytest.raises(shim.CredentialUnavailableError) as caught:
+        shim.Renewed(source, there.outside).authorization({})
+    assert (caught.value.message, caught.value.seconds) == (message, 30.0)
+
+
+HELPED = [
+    case("an API key", "sk-ant-api03-h\n", [("x-api-key", "sk-ant-api03-h")]),
+    case("an OAuth token", "sk-ant-oat01-h", shown("sk-ant-oat01-h")),
+    case("a token of a gateway", " jwt.h \r\n", [("authorization", "Bearer jwt.h")]),
+]
+
+
+@pytest.mark.parametrize(("printed", "expected"), HELPED)
+def test_helper_prints_a_key_which_is_kept_for_a_while(printed: str, expected: Any) -> None:
+    ran: List[Sequence[str]] = []
+
+    def run(command: Sequence[str]) -> Tuple[int, str]:
+        ran.append(command)
+        return 0, printed
+
+    there = World(run=run)
+    credential = shim.Renewed(shim.Helper("pass show key", 300.0, there.outside), there.outside)
+    for second in (0, 299, 300):
+        there.clock.now = NOW + second
+        assert credential.authorization({}) == expected
+    assert [list(command)[-1] for command in ran] == ["pass show key"] * 2
+    assert there.hidden == [printed.strip()] * 2
+
+
+def run_of(code: int, output: str) -> Callable[[Sequence[str]], Tuple[int, str]]:
+    return lambda command: (code, output)
+
+
+def run_without_end(command: Sequence[str]) -> Tuple[int, str]:
+    raise TimeoutError("no answer within 30 seconds")
+
+
+BAD_HELPERS = [
+    case("it fails", run_of(3, "hunter2"), "it ended with code 3"),
+    case("it prints nothing", run_of(0, "\n"), "the key from it is empty"),
+    case(
+        "it prints two words",
+        run_of(0, "key: hunter2"),
+        "the key from it holds white space or characters beyond ASCII",
+    ),
+    case("it does not end", run_without_end, "no answer within 30 seconds"),
+]
+
+
+@pytest.mark.parametrize(("run", "reason"), BAD_HELPERS)
+def test_helper_that_gives_no_key(run: Any, reason: str) -> None:
+    there = World(run=run)
+    with pytest.raises(shim.CredentialUnavailableError) as caught:
+        shim.Renewed(shim.Helper("x", 300.0, there.outside), there.outside).authorization({})
+    assert caught.value.message == f"--key-helper gave no key: {reason}"
+
+
+@ON_POSIX
+def test_program_is_killed_with_those_it_started_when_time_is_up(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # ends when no child holds it open
+    try:
+        command = ["/bin/sh", "-c", f"(sleep 60; echo late) 9>{fifo} & wait"]
+        with pytest.raises(TimeoutError) as caught:
+            shim.run_program(command, 0.5)
+        assert str(caught.value) == "no answer within 0.5 seconds"
+        assert select.select([reading], [], [], PATIENCE)[0] == [reading]
+        assert os.read(reading, 1) == b""
+    finally:
+        os.close(reading)
+
+
+@ON_POSIX
+def test_program_gets_no_secret_in_its_environment() -> None:
+    code, output = shim.run_program([sys.executable, "-c", "print(5); raise SystemExit(7)"])
+    assert (code, output) == (7, "5\n")
+    environment = {"PATH": "/bin", "ANTHROPIC_API_KEY": "k", "claude_code_oauth_token": "t"}
+    assert shim.without_secrets(environment) == {"PATH": "/bin"}
+    ran = subprocess.run(
+        [sys.executable, "-B", "-c", "import claude_shim as s; print(s.run_program(['env'])[1])"],
+        env={**os.environ, **environment, "PYTHONPATH": str(MODULE_FILE.parent), "KEPT": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "KEPT=1\n" in ran.stdout
+    assert "ANTHROPIC_API_KEY" not in ran.stdout
+
+
+def claude_code_login(token: str, expires_at: float = NOW * 1000 + 3_600_000) -> str:
+    return json.dumps(
+        {
+            "claudeAiOauth": {
+                "accessToken": token,
+                "refreshToken": "sk-ant-ort01-of-claude-code",
+                "expiresAt": expires_at,
+                "scopes": ["user:inference"],
+            },
+            "mcpOAuth": {},
+        }
+    )
+
+
+def test_login_of_claude_code_is_read_again_and_never_renewed(tmp_path: Path) -> None:
+    path = secret_file(tmp_path / ".credentials.json", claude_code_login("sk-ant-oat01-1"))
+    there = World()
+    credential = shim.Renewed(shim.ClaudeCode(path, "", there.outside), there.outside)
+    assert credential.authorization({}) == shown("sk-ant-oat01-1")
+    there.clock.now += 3600
+    before = Path(path).read_text()
+    with pytest.raises(shim.CredentialError) as caught:
+        credential.authorization({})
+    assert caught.value.message == (
+        "the login of Claude Code has ended: run `claude`, which renews it"
+    )
+    assert Path(path).read_text() == before
+    secret_file(tmp_path / ".credentials.json", claude_code_login("sk-ant-oat01-2", 9e12))
+    assert credential.authorization({}) == shown("sk-ant-oat01-2")
+    assert (there.endpoint.requests, there.told) == ([], [])
+
+
+KEYCHAINS = [
+    case("JSON", run_of(0, claude_code_login("sk-ant-oat01-k") + "\n"), "sk-ant-oat01-k"),
+    case(
+        "JSON in hexadecimal",
+        run_of(0, claude_code_login("sk-ant-oat01-k").encode().hex() + "\n"),
+        "sk-ant-oat01-k",
+    ),
+    case("no entry: then the file", run_of(44, ""), "sk-ant-oat01-file"),
+]
+
+
+@pytest.mark.parametrize(("run", "token"), KEYCHAINS)
+def test_login_of_claude_code_in_the_keychain(tmp_path: Path, run: Any, token: str) -> None:
+    path = secret_file(tmp_path / "f", claude_code_login("sk-ant-oat01-file"))
+    there = World(run=run)
+    source = shim.ClaudeCode(path, "Claude Code-credentials", there.outside)
+    assert shim.Renewed(source, there.outside).authorization({}) == shown(token)
+
+
+def test_locked_keychain_is_told_with_the_command_that_opens_it(tmp_path: Path) -> None:
+    there = World(run=run_of(36, ""))
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.ClaudeCode(str(tmp_path), "Claude Code-credentials", there.outside).current()
+    assert str(caught.value) == "the keychain is locked: run `security unlock-keychain` first"
+
+
+def test_keychain_service_depends_on_the_folder() -> None:
+    assert shim.keychain_service("") == "Claude Code-credentials"
+    assert shim.keychain_service("/tmp/x") == "Claude Code-credentials-2e56aa36"
+    assert shim.keychain_service("/tmp/e\u0301") == shim.keychain_service("/tmp/\u00e9")
+
+
+# --- keys
+
+
+WRONG_KEYS = [
+    case(
+        "an OAuth token", "sk-ant-oat01-x", "is an OAuth token: give it as CLAUDE_CODE_OAUTH_TOKEN"
+    ),
+    case("a refresh token", "sk-ant-ort01-x", "is a refresh token, which is no key"),
+    case("an admin key", "sk-ant-admin01-x", "is an admin key, which may not run models"),
+]
+
+
+@pytest.mark.parametrize(("key", "reason"), WRONG_KEYS)
+def test_other_kind_of_key_is_refused_with_what_it_is(key: str, reason: str) -> None:
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.checked_api_key(key, "FILE")
+    assert str(caught.value).startswith(f"the key from FILE {reason}")
+    assert "sk-ant-o" not in str(caught.value).replace(reason, "")
+
+
+LONG_ENOUGH = "sk-ant-oat01-" + "x" * 67
+SETUP_TOKENS = [
+    case("as it should be", LONG_ENOUGH, ""),
+    case(
+        "short (S1-R7)",
+        LONG_ENOUGH[:-1],
+        "the setup token from FILE has 79 characters of at least 80: is it cut off? "
+        "(--allow-odd-token takes it all the same)",
+    ),
+    case(
+        "another key",
+        "sk-ant-api03-" + "x" * 90,
+        "the setup token from FILE does not begin with sk-ant-oat "
+        "(--allow-odd-token takes it all the same)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("token", "message"), SETUP_TOKENS)
+def test_setup_token_is_checked_and_the_check_can_be_overruled_s1_b9(
+    token: str, message: str
+) -> None:
+    assert shim.checked_setup_token(token, "FILE", True) == token
+    if not message:
+        assert shim.checked_setup_token(token, "FILE") == token
+        return
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.checked_setup_token(token, "FILE")
+    assert str(caught.value) == message
+
+
+MERGED = [
+    case("a key alone", [("a", "1")], [("x-api-key", "k")], [("a", "1"), ("x-api-key", "k")]),
+    case(
+        "the client's betas come first, none twice (S1-B1)",
+        [("anthropic-beta", "one, oauth-2025-04-20"), ("anthropic-beta", "two")],
+        [("authorization", "Bearer t"), ("anthropic-beta", "oauth-2025-04-20")],
+        [("authorization", "Bearer t"), ("anthropic-beta", "one,oauth-2025-04-20,two")],
+    ),
+    case(
+        "without need the client's list stays to the byte (D2)",
+        [("anthropic-beta", "one,  two")],
+        [("x-api-key", "k")],
+        [("anthropic-beta", "one,  two"), ("x-api-key", "k")],
+    ),
+    case(
+        "what belongs to the credential is not the client's to say",
+        [("anthropic-workspace-id", "wrkspc_theirs")],
+        [("authorization", "Bearer t"), ("anthropic-workspace-id", "wrkspc_ours")],
+        [("authorization", "Bearer t"), ("anthropic-workspace-id", "wrkspc_ours")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("headers", "authorization", "expected"), MERGED)
+def test_headers_of_a_credential_join_those_of_a_request(
+    headers: Any, authorization: Any, expected: Any
+) -> None:
+    assert shim.with_authorization(headers, authorization) == expected
+
+
+# --- keys of clients
 CLIENT_KEYS = shim.ClientKeys({"ann": "key-of-ann", "bob": "key-of-bob"})
 
 SHOWN_KEYS = [
@@ -11868,6 +13119,39 @@ def test_log_never_breaks_on_what_its_stream_cannot_encode() -> None:
     shim.Log(stream).write("note: \u4e16")
     shim.Log(stream).write("note: next")
     assert raw.getvalue().endswith(b"note: next\n")
+
+
+SLASHED = "sk-ant-oat01-s3cret/+?"
+MASKED = [
+    case("as it is", f"a {SLASHED} b", "a [secret] b"),
+    case("percent-encoded", "k=sk-ant-oat01-s3cret%2F%2B%3F&b", "k=[secret]&b"),
+    case("in base64", base64.b64encode(SLASHED.encode()).decode(), "[secret]w=="),
+    case(
+        "in base64 behind one byte",
+        base64.b64encode(b":" + SLASHED.encode()).decode(),
+        "On[secret]8=",
+    ),
+    case(
+        "in base64 between others, for URLs",
+        base64.urlsafe_b64encode(b"Basic user:" + SLASHED.encode() + b"xyz").decode(),
+        "QmFzaWMgdXNlcjp[secret]eHl6",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), MASKED)
+def test_secret_is_masked_in_every_spelling(line: str, expected: str) -> None:
+    assert shim.Log(None, [SLASHED]).masked(line) == expected
+    later = shim.Log(None)
+    later.hide(SLASHED)
+    assert later.masked(line) == expected
+
+
+def test_masks_of_renewed_secrets_do_not_push_out_the_others() -> None:
+    log = shim.Log(None, ["of-a-client"])
+    for number in range(100):
+        log.hide(f"token-{number}")
+    assert log.masked("of-a-client token-99 token-98") == "[secret] [secret] [secret]"
 
 
 # ----------------------------------------------------------------------
@@ -14299,6 +15583,157 @@ def test_websocket_is_refused_so_that_codex_falls_back() -> None:
     assert fetch(app, "/v1/responses").status == 404
 
 
+# --- who pays
+
+UNAUTHORIZED = refused(401, "authentication_error", "OAuth token has expired.")
+
+
+def app_with(credential: shim.Credential, *answers: Any, **policy: Any) -> Any:
+    """An App before a scripted upstream, with a credential."""
+    app, upstream = app_on(*answers, **policy)
+    app.credential = credential
+    return app, upstream
+
+
+def bearers(upstream: ScriptedUpstream) -> List[str]:
+    """The credentials that the requests carried."""
+    wanted = ("authorization", "x-api-key")
+    return [value for r in upstream.requests for name, value in r.headers if name in wanted]
+
+
+WAYS = [case("chat", CHAT, streamed(*TEXT_EVENTS)), case("messages, relayed", MESSAGES, FINE)]
+
+
+@pytest.mark.parametrize(("path", "fine"), WAYS)
+def test_refused_token_is_renewed_and_the_request_tried_once_more_s1_b5(
+    path: str, fine: Answer
+) -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 3600), LATER)
+    app, upstream = app_with(shim.Renewed(source, world()), UNAUTHORIZED, fine)
+    assert ask(app, path, QUESTION).status == 200
+    assert bearers(upstream) == ["Bearer at-1", "Bearer at-2"]
+    assert upstream.requests[0].body == upstream.requests[1].body
+    assert upstream.sources[0].fate == "closed"
+
+
+@pytest.mark.parametrize(("path", "fine"), WAYS)
+def test_token_that_is_refused_twice_is_a_401(path: str, fine: Answer) -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 3600), LATER)
+    app, upstream = app_with(shim.Renewed(source, world()), UNAUTHORIZED)
+    response = ask(app, path, QUESTION)
+    assert (response.status, len(upstream.requests)) == (401, 2)
+    assert "OAuth token has expired." in answered(response)["error"]["message"]
+
+
+def test_refused_api_key_is_not_tried_again() -> None:
+    app, upstream = app_on(UNAUTHORIZED)
+    assert ask(app, MESSAGES, QUESTION).status == 401
+    assert len(upstream.requests) == 1
+
+
+class RefusesFirst(shim.Upstream):
+    """Refuses one token, takes all others; safe for many threads."""
+
+    def __init__(self, together: int) -> None:
+        self.barrier = threading.Barrier(together)
+        self.seen: List[str] = []
+
+    def send(self, request: shim.UpstreamRequest) -> shim.UpstreamResponse:
+        token = dict(request.headers)["authorization"]
+        self.seen.append(token)
+        if token == "Bearer at-1":
+            self.barrier.wait(2 * PATIENCE)  # all are refused before anybody is helped
+            return shim.UpstreamResponse(401, [], shim.BytesSource(b"{}"))
+        return shim.UpstreamResponse(200, [], shim.BytesSource(b"{}"))
+
+
+def test_storm_of_401_is_one_renewal_and_one_more_try_each() -> None:
+    source = Rotating(shim.Bundle("at-1", "rt-1", NOW + 3600), LATER)
+    upstream = RefusesFirst(100)
+    policy = shim.Policy(live_models=False)
+    app = shim.App(upstream, shim.Renewed(source, world()), policy)
+    statuses = in_parallel(100, lambda _: ask(app, MESSAGES, QUESTION).status)
+    assert statuses == [200] * 100
+    assert source.asked == ["at-1"]
+    assert sorted(upstream.seen) == ["Bearer at-1"] * 100 + ["Bearer at-2"] * 100
+
+
+def test_void_login_tells_the_client_what_its_owner_has_to_do() -> None:
+    void = shim.CredentialError("the login is void: run `claude_shim login`")
+    source = Rotating(shim.Bundle("at-1", "rt-1", 0.0), void)
+    app, upstream = app_with(shim.Renewed(source, world()), FINE)
+    response = ask(app, MESSAGES, QUESTION)
+    assert (response.status, upstream.requests) == (401, [])
+    assert answered(response)["error"] == {
+        "type": "authentication_error",
+        "message": "the login is void: run `claude_shim login`",
+    }
+
+
+def test_login_that_cannot_be_renewed_now_is_a_503_to_try_again() -> None:
+    down = shim.CredentialUnavailableError("h.example is down", 20.0)
+    source = Rotating(shim.Bundle("at-1", "rt-1", 0.0), down)
+    for path in (MESSAGES, CHAT):
+        app, upstream = app_with(shim.Renewed(source, world()), FINE)
+        response = ask(app, path, QUESTION)
+        assert (response.status, field(response, "retry-after")) == (503, ["20"])
+        assert upstream.requests == []
+
+
+BROKE = [
+    case("it is refused", refused(401, "authentication_error", "no")),
+    case("it has no credit", refused(402, "billing_error", "no")),
+    case("it may not", refused(403, "permission_error", "no")),
+    case("it is used up", refused(429, "rate_limit_error", "no")),
+]
+
+
+@pytest.mark.parametrize("broke", BROKE)
+@pytest.mark.parametrize(("path", "fine"), WAYS)
+def test_fallback_pays_when_the_first_does_not_and_the_answer_says_so(
+    path: str, fine: Answer, broke: Answer
+) -> None:
+    second = shim.APIKey("sk-ant-api03-second", "the test")
+    app, upstream = app_on(broke, fine, fallback=second)
+    response = ask(app, path, QUESTION)
+    assert (response.status, field(response, "x-claude-shim-billing")) == (200, ["api-key"])
+    assert bearers(upstream) == ["sk-ant-api03-upstream", "sk-ant-api03-second"]
+
+
+@pytest.mark.parametrize(("path", "fine"), WAYS)
+def test_fallback_pays_when_the_first_cannot_be_renewed(path: str, fine: Answer) -> None:
+    void = shim.CredentialError("void")
+    source = Rotating(shim.Bundle("at-1", "rt-1", 0.0), void)
+    second = shim.APIKey("sk-ant-api03-second", "the test")
+    app, upstream = app_with(shim.Renewed(source, world()), fine, fallback=second)
+    response = ask(app, path, QUESTION)
+    assert field(response, "x-claude-shim-billing") == ["api-key"]
+    assert bearers(upstream) == ["sk-ant-api03-second"]
+
+
+@pytest.mark.parametrize(("path", "fine"), WAYS)
+def test_fallback_that_is_not_needed_pays_nothing(path: str, fine: Answer) -> None:
+    second = shim.APIKey("sk-ant-api03-second", "the test")
+    app, upstream = app_on(fine, fallback=second)
+    assert field(ask(app, path, QUESTION), "x-claude-shim-billing") == []
+    assert bearers(upstream) == ["sk-ant-api03-upstream"]
+
+
+def test_fallback_that_pays_for_one_of_several_choices_is_told() -> None:
+    second = shim.APIKey("sk-ant-api03-second", "the test")
+    fine, broke = streamed(*TEXT_EVENTS), refused(429, "rate_limit_error", "no")
+    app, _ = app_on(fine, broke, fine, fallback=second)
+    response = ask(app, CHAT, {**QUESTION, "n": 2})
+    assert field(response, "x-claude-shim-billing") == ["api-key"]
+
+
+def test_without_a_fallback_nobody_else_pays() -> None:
+    """S1-B4."""
+    app, upstream = app_on(refused(429, "rate_limit_error", "no"))
+    assert ask(app, MESSAGES, QUESTION).status == 429
+    assert len(upstream.requests) == 1
+
+
 # ----------------------------------------------------------------------
 # 13. HTTP server
 # ----------------------------------------------------------------------
@@ -16397,6 +17832,12 @@ def settings_of(
     return shim.settings_from(arguments, env or {}, file or {})
 
 
+def chosen(settings: shim.Settings, env: Dict[str, str]) -> shim.Credential:
+    """The credential that these come to, where there is no keychain."""
+    outside = shim.outside(settings, shim.Log())._replace(run=run_of(44, ""))
+    return shim.credential_from(settings, env, outside)
+
+
 def test_options_are_the_fields_of_settings() -> None:
     assert [option.field for option in shim.OPTIONS] == list(shim.Settings._fields)
     assert len({option.variable for option in shim.OPTIONS}) == len(shim.OPTIONS)
@@ -16409,7 +17850,19 @@ def test_settings_without_any() -> None:
         "upstream": "http",
         "base_url": "https://api.anthropic.com",
         "auth": "auto",
+        "fallback_auth": "",
         "api_key_file": "",
+        "setup_token_file": "",
+        "allow_odd_token": False,
+        "bundle": "",
+        "key_helper": "",
+        "key_helper_ttl": 300.0,
+        "token_url": (
+            "https://platform.claude.com/v1/oauth/token",
+            "https://console.anthropic.com/v1/oauth/token",
+        ),
+        "oauth_client_id": "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
+        "oauth_scope": "user:profile user:inference",
         "client_key_file": "",
         "allow_host": (),
         "allow_origin": (),
@@ -16669,7 +18122,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     gone = str(tmp_path / "gone")
     for read in (
         lambda: shim.config_values(gone, {}),
-        lambda: shim.credential_from(settings_of("--api-key-file", gone), {}),
+        lambda: chosen(settings_of("--api-key-file", gone), {}),
         lambda: shim.client_keys_from(settings_of("--client-key-file", gone), {}),
     ):
         with pytest.raises(shim.ConfigError) as caught:
@@ -16681,8 +18134,8 @@ def test_text_file_with_a_byte_order_mark(tmp_path: Path) -> None:
     """Notepad and PowerShell write one."""
     path = tmp_path / "key"
     path.write_bytes(b"\xef\xbb\xbfsk-ant-1\r\n")
-    credential = shim.credential_from(settings_of("--api-key-file", str(path)), {})
-    assert credential.headers({}) == [("x-api-key", "sk-ant-1")]
+    credential = chosen(settings_of("--api-key-file", str(path)), {})
+    assert credential.authorization({}) == [("x-api-key", "sk-ant-1")]
 
 
 API_KEY_ENV = {"ANTHROPIC_API_KEY": "sk-ant-env"}
@@ -16702,15 +18155,495 @@ def test_credential_is_chosen(tmp_path: Path, argv: List[str], env: Any, expecte
     path = tmp_path / "key"
     path.write_text("sk-ant-file\n")
     settings = settings_of(*[str(path) if word == "KEY" else word for word in argv])
-    assert shim.credential_from(settings, env).headers({"x-api-key": "c"}) == expected
+    assert chosen(settings, env).authorization({"x-api-key": "c"}) == expected
 
 
 @pytest.mark.parametrize("env", [{}, {"ANTHROPIC_API_KEY": " "}])
 def test_no_credential_tells_three_ways_and_the_echo(env: Dict[str, str]) -> None:
     with pytest.raises(shim.ConfigError) as caught:
-        shim.credential_from(settings_of(), env)
+        chosen(settings_of(), env)
     for way in ("ANTHROPIC_API_KEY=", "--api-key-file", "--auth passthrough", "--upstream echo"):
         assert way in str(caught.value)
+
+
+SETUP_TOKEN = "sk-ant-oat01-" + "s" * 90
+LOGIN = json.dumps(
+    {"access_token": "sk-ant-oat01-b", "refresh_token": "sk-ant-ort01-r", "expires_at": 9e9}
+)
+ENDED_LOGIN = json.dumps(
+    {"access_token": "sk-ant-oat01-old", "refresh_token": "sk-ant-ort01-r", "expires_at": 5}
+)
+CLAUDE_LOGIN = claude_code_login("sk-ant-oat01-c", 9e12)
+PROFILE = json.dumps(
+    {
+        "version": "1.0",
+        "workspace_id": "wrkspc_1",
+        "base_url": "http://127.0.0.1:PORT",
+        "authentication": {"type": "user_oauth", "client_id": "client-1"},
+    }
+)
+FEDERATED = json.dumps(
+    {
+        "version": "1.0",
+        "organization_id": "org_1",
+        "base_url": "http://127.0.0.1:PORT",
+        "authentication": {
+            "type": "oidc_federation",
+            "federation_rule_id": "fdrl_1",
+            "identity_token": {"source": "file", "path": "HOME/jwt"},
+        },
+    }
+)
+BUNDLE_FILE = ".local/state/claude-shim/oauth.json"
+PROFILES = ".config/anthropic"
+CLAUDE_FILE = ".claude/.credentials.json"
+FEDERATION_ENV = {
+    "ANTHROPIC_FEDERATION_RULE_ID": "fdrl_1",
+    "ANTHROPIC_ORGANIZATION_ID": "org_1",
+    "ANTHROPIC_IDENTITY_TOKEN": "jwt-1",
+}
+
+
+def laid(home: Path, files: Dict[str, str], port: str = "9") -> None:
+    """Write files below a home folder, for their owner alone."""
+    for name, text in files.items():
+        path = home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        secret_file(path, text.replace("PORT", port).replace("HOME", str(home)))
+
+
+def json_bytes(body: Any, status: str = "200 OK") -> bytes:
+    """An answer with a JSON body on the wire."""
+    raw = json.dumps(body).encode()
+    return b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status.encode(), len(raw), raw)
+
+
+GRANTED = json_bytes(
+    {"access_token": "sk-ant-oat01-new", "refresh_token": "sk-ant-ort01-r2", "expires_in": 99}
+)
+GIVEN_BETA = "given-1,oauth-2025-04-20"
+
+
+def oauth_of(token: str, **more: str) -> Dict[str, str]:
+    return {"authorization": f"Bearer {token}", "anthropic-beta": GIVEN_BETA, **more}
+
+
+# argv, environment, files, what is asked of the token endpoint, headers at upstream
+END_TO_END = [
+    case(
+        "an API key",
+        [],
+        {"ANTHROPIC_API_KEY": "sk-ant-api03-a"},
+        {},
+        None,
+        {"x-api-key": "sk-ant-api03-a", "anthropic-beta": "given-1"},
+    ),
+    case(
+        "a bearer token",
+        [],
+        {"ANTHROPIC_AUTH_TOKEN": "gateway-token"},
+        {},
+        None,
+        {"authorization": "Bearer gateway-token", "anthropic-beta": "given-1"},
+    ),
+    case(
+        "a bearer token that is OAuth",
+        ["--auth", "auth-token"],
+        {"ANTHROPIC_AUTH_TOKEN": "sk-ant-oat01-x"},
+        {},
+        None,
+        oauth_of("sk-ant-oat01-x"),
+    ),
+    case(
+        "passthrough",
+        ["--auth", "passthrough"],
+        {"ANTHROPIC_API_KEY": "sk-ant-api03-a"},
+        {},
+        None,
+        {"x-api-key": "of-the-client", "anthropic-beta": "given-1"},
+    ),
+    case(
+        "a setup token (S1-R7)",
+        [],
+        {"CLAUDE_CODE_OAUTH_TOKEN": SETUP_TOKEN},
+        {},
+        None,
+        oauth_of(SETUP_TOKEN),
+    ),
+    case(
+        "a setup token in a file",
+        ["--setup-token-file", "HOME/setup"],
+        {},
+        {"setup": f"{SETUP_TOKEN}\n"},
+        None,
+        oauth_of(SETUP_TOKEN),
+    ),
+    case("a login (S1-B1)", [], {}, {BUNDLE_FILE: LOGIN}, None, oauth_of("sk-ant-oat01-b")),
+    case(
+        "a login that has ended",
+        ["--bundle", "HOME/login", "--oauth-client-id", "client-2"],
+        {},
+        {"login": ENDED_LOGIN},
+        {"grant_type": "refresh_token", "refresh_token": "sk-ant-ort01-r", "client_id": "client-2"},
+        oauth_of("sk-ant-oat01-new"),
+    ),
+    case(
+        "Claude Code's login (S1-R11)",
+        ["--auth", "claude-code"],
+        {},
+        {CLAUDE_FILE: CLAUDE_LOGIN},
+        None,
+        oauth_of("sk-ant-oat01-c"),
+    ),
+    case(
+        "Claude Code's login in a folder of its own",
+        [],
+        {"CLAUDE_CONFIG_DIR": "HOME/elsewhere"},
+        {"elsewhere/.credentials.json": CLAUDE_LOGIN},
+        None,
+        oauth_of("sk-ant-oat01-c"),
+    ),
+    case(
+        "the profile that is active",
+        [],
+        {},
+        {
+            f"{PROFILES}/active_config": "work\n",
+            f"{PROFILES}/configs/work.json": PROFILE,
+            f"{PROFILES}/credentials/work.json": LOGIN,
+        },
+        None,
+        oauth_of("sk-ant-oat01-b", **{"anthropic-workspace-id": "wrkspc_1"}),
+    ),
+    case(
+        "a profile by name whose login has ended",
+        [],
+        {"ANTHROPIC_PROFILE": "home", "ANTHROPIC_CONFIG_DIR": "HOME/p"},
+        {"p/configs/home.json": PROFILE, "p/credentials/home.json": ENDED_LOGIN},
+        {"grant_type": "refresh_token", "refresh_token": "sk-ant-ort01-r", "client_id": "client-1"},
+        oauth_of("sk-ant-oat01-new", **{"anthropic-workspace-id": "wrkspc_1"}),
+    ),
+    case(
+        "a profile of workload identity",
+        [],
+        {},
+        {f"{PROFILES}/configs/default.json": FEDERATED, "jwt": "jwt-1\n"},
+        {
+            "grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer",
+            "assertion": "jwt-1",
+            "federation_rule_id": "fdrl_1",
+            "organization_id": "org_1",
+        },
+        oauth_of("sk-ant-oat01-new"),
+    ),
+    case(
+        "workload identity by the environment",
+        ["--auth", "federation"],
+        {**FEDERATION_ENV, "ANTHROPIC_SERVICE_ACCOUNT_ID": "svac_1"},
+        {},
+        {
+            "grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer",
+            "assertion": "jwt-1",
+            "federation_rule_id": "fdrl_1",
+            "organization_id": "org_1",
+            "service_account_id": "svac_1",
+        },
+        oauth_of("sk-ant-oat01-new"),
+    ),
+    case(
+        "a helper",
+        ["--key-helper", "echo sk-ant-api03-h"],
+        {},
+        {},
+        None,
+        {"x-api-key": "sk-ant-api03-h", "anthropic-beta": "given-1"},
+    ),
+]
+
+
+def request_fields(raw: bytes) -> Dict[str, str]:
+    """The header fields of a request on the wire that concern credentials; none may come twice."""
+    lines = raw.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+    pairs = [(name.lower(), value) for name, value in (line.split(": ", 1) for line in lines)]
+    names = [name for name, _ in pairs]
+    assert len(names) == len(set(names)), names
+    wanted = re.compile("authorization|x-api-key|api-key|anthropic-(beta|workspace-id)")
+    return {name: value for name, value in pairs if wanted.fullmatch(name)}
+
+
+@pytest.mark.parametrize(("argv", "env", "files", "granting", "expected"), END_TO_END)
+def test_every_credential_from_its_place_to_upstream(
+    tmp_path: Path, argv: List[str], env: Any, files: Any, granting: Any, expected: Any
+) -> None:
+    log = io.StringIO()
+    with FakeUpstream(*([[GRANTED]] if granting else []), [FINE_ANSWER]) as fake:
+        laid(tmp_path, files, fake.host.rpartition(":")[2])
+        settings = settings_of(
+            *("--port", "0", "--base-url", fake.url, "--token-url", f"{fake.url}/v1/oauth/token"),
+            *[word.replace("HOME", str(tmp_path)) for word in argv],
+        )
+        env = {name: value.replace("HOME", str(tmp_path)) for name, value in env.items()}
+        with shim.server_from(settings, {"HOME": str(tmp_path), **env}, log) as server:
+            with RawClient(server) as client:
+                fields = ("anthropic-beta: given-1", "x-api-key: of-the-client")
+                assert client.send(raw_request("GET /v1/skills HTTP/1.1", *fields)).answer().status
+            text = shim.welcome(server) + repr(server.app.credential)
+    *asked, request = fake.requests
+    assert request_fields(request) == expected
+    assert [json.loads(raw.partition(b"\r\n\r\n")[2]) for raw in asked] == [granting] * len(asked)
+    assert all(raw.startswith(b"POST /v1/oauth/token HTTP/1.1\r\n") for raw in asked)
+    assert bool(asked) is bool(granting)
+    secret = expected.get("x-api-key") or expected["authorization"].partition(" ")[2]
+    assert secret not in log.getvalue() + text
+    assert ("notice: " in log.getvalue()) is (
+        shim.KINDS[server.app.credential.describe().kind].claude_ai
+    )
+
+
+TOKEN_FAULTS = [
+    case(
+        "HTML with status 200",
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>"],
+        f"answered with what is no token: {NO_TOKEN}",
+    ),
+    case(
+        "it closes",
+        [CLOSE],
+        "gave no answer: no answer from upstream: upstream closed the connection without an answer",
+    ),
+    case(
+        "it closes in the middle",
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n{", CLOSE],
+        "gave no answer: upstream hung up in the middle of the answer",
+    ),
+    case(
+        "it redirects to another host",
+        [b"HTTP/1.1 308 Moved\r\nLocation: http://evil.example/\r\nContent-Length: 0\r\n\r\n"],
+        "redirects to evil.example, which is not followed: check --token-url",
+    ),
+    case(
+        "it hangs",
+        [UNTIL_GONE],
+        "gave no answer: upstream did not start to answer in time",
+    ),
+    case(
+        "it hangs in the middle",
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n{", UNTIL_GONE],
+        "gave no answer: the answer took longer than the total limit",
+    ),
+    case(
+        "it does not stop",
+        [b"HTTP/1.1 200 OK\r\n\r\n", [b"x" * 65_536] * 32],
+        "gave no answer: the token endpoint does not stop to answer",
+    ),
+]
+
+
+@pytest.mark.parametrize(("script", "said"), TOKEN_FAULTS)
+def test_fault_of_a_token_endpoint_is_told_in_a_sentence(script: List[Any], said: str) -> None:
+    with FakeUpstream(script) as fake:
+        settings = settings_of()
+        outside = shim.Outside(shim.token_post(settings, 0.3))
+        client = shim.OAuthClient((f"{fake.url}/token",))
+        with pytest.raises(shim.CredentialUnavailableError) as caught:
+            shim.granted(outside, client, {"refresh_token": "hunter2"})
+        assert fake.connections == 1
+    assert caught.value.message == f"the token endpoint {fake.host} {said}"
+
+
+EVERYTHING = {
+    BUNDLE_FILE: LOGIN,
+    CLAUDE_FILE: CLAUDE_LOGIN,
+    f"{PROFILES}/configs/default.json": PROFILE,
+    f"{PROFILES}/credentials/default.json": LOGIN,
+    "key": "sk-ant-api03-f",
+}
+EVERY_VARIABLE = {
+    "CLAUDE_CODE_OAUTH_TOKEN": SETUP_TOKEN,
+    "ANTHROPIC_API_KEY": "sk-ant-api03-a",
+    "ANTHROPIC_AUTH_TOKEN": "t",
+    **FEDERATION_ENV,
+}
+IN_ORDER = "oauth-bundle setup-token api-key auth-token federation profile claude-code".split()
+
+
+@pytest.mark.parametrize("first", range(len(IN_ORDER)))
+def test_auto_takes_the_first_that_is_there_and_names_the_others_s1_b4(
+    tmp_path: Path, first: int
+) -> None:
+    """D7; nobody's bill changes in silence."""
+    laid(tmp_path, EVERYTHING)
+    env = {"HOME": str(tmp_path), **EVERY_VARIABLE}
+    gone = {
+        "oauth-bundle": (tmp_path / BUNDLE_FILE).unlink,
+        "setup-token": lambda: env.pop("CLAUDE_CODE_OAUTH_TOKEN"),
+        "api-key": lambda: env.pop("ANTHROPIC_API_KEY"),
+        "auth-token": lambda: env.pop("ANTHROPIC_AUTH_TOKEN"),
+        "profile": (tmp_path / f"{PROFILES}/configs/default.json").unlink,
+        "federation": lambda: env.pop("ANTHROPIC_FEDERATION_RULE_ID"),
+    }
+    for kind in IN_ORDER[:first]:
+        gone[kind]()
+    there = World()
+    credential = shim.credential_from(settings_of(), env, there.outside)
+    assert credential.describe().kind == IN_ORDER[first]
+    others = [line for line in there.told if line.startswith("note: also found, not used: ")]
+    assert len(others) == len(IN_ORDER) - 1 - first
+
+
+def test_what_an_option_names_comes_before_what_was_lying_about(tmp_path: Path) -> None:
+    laid(tmp_path, EVERYTHING)
+    env = {"HOME": str(tmp_path), **EVERY_VARIABLE}
+    settings = settings_of("--api-key-file", str(tmp_path / "key"))
+    assert chosen(settings, env).authorization({}) == [("x-api-key", "sk-ant-api03-f")]
+
+
+def test_credential_that_is_not_used_cannot_stop_the_start(tmp_path: Path) -> None:
+    laid(tmp_path, {CLAUDE_FILE: "broken", f"{PROFILES}/configs/default.json": "broken"})
+    env = {"HOME": str(tmp_path), "ANTHROPIC_API_KEY": "sk-ant-api03-a"}
+    assert chosen(settings_of(), env).authorization({}) == [("x-api-key", "sk-ant-api03-a")]
+
+
+@pytest.mark.parametrize("mode", [mode for mode in shim.AUTH_MODES if mode != "passthrough"])
+def test_pinned_credential_that_is_not_there_is_told_with_how_to_give_it_s1_r12(
+    tmp_path: Path, mode: str
+) -> None:
+    env = {"HOME": str(tmp_path), "ANTHROPIC_API_KEY": "k"} if mode != "api-key" else {}
+    with pytest.raises(shim.ConfigError) as caught:
+        chosen(settings_of("--auth", mode), env)
+    assert str(caught.value).startswith(f"there is no {shim.KINDS[mode].name} to use; give it by ")
+
+
+BAD_PROFILES = [
+    case("no JSON", "x", "default.json: Expecting value"),
+    case("a list", "[]", "default.json: expected an object"),
+    case("another kind", '{"authentication": {"type": "x"}}', "neither user_oauth nor oidc"),
+    case("plain http", PROFILE.replace("127.0.0.1:PORT", "h.example"), "must be https://"),
+    case("no rule", FEDERATED.replace("fdrl_1", ""), "workload identity needs federation_rule_id"),
+    case("no identity file", FEDERATED.replace('"file"', '"x"'), "identity token from no file"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), BAD_PROFILES)
+def test_bad_profile_is_told(tmp_path: Path, text: str, said: str) -> None:
+    laid(tmp_path, {f"{PROFILES}/configs/default.json": text})
+    with pytest.raises(shim.ConfigError) as caught:
+        chosen(settings_of(), {"HOME": str(tmp_path)})
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", ".hidden", ""])
+def test_name_of_a_profile_does_not_climb(tmp_path: Path, name: str) -> None:
+    env = {"HOME": str(tmp_path), "ANTHROPIC_PROFILE": name}
+    with pytest.raises(shim.ConfigError):
+        chosen(settings_of("--auth", "profile"), env)
+
+
+def test_start_renews_a_login_by_itself_and_says_what_it_is(tmp_path: Path) -> None:
+    laid(tmp_path, {BUNDLE_FILE: ENDED_LOGIN})
+    env = {"HOME": str(tmp_path), "ANTHROPIC_API_KEY": "sk-ant-api03-lying-about"}
+    log = io.StringIO()
+    with FakeUpstream([GRANTED]) as fake:
+        settings = settings_of("--port", "0", "--token-url", f"{fake.url}/token")
+        with shim.server_from(settings, env, log) as server:
+            assert fake.asked.acquire(timeout=PATIENCE)
+            text = shim.welcome(server)
+    login = json.loads((tmp_path / BUNDLE_FILE).read_text())
+    assert (login["access_token"], login["refresh_token"]) == (
+        "sk-ant-oat01-new",
+        "sk-ant-ort01-r2",
+    )
+    assert log.getvalue() == (
+        "note: also found, not used: API key from ANTHROPIC_API_KEY, billed to its Claude Console "
+        f"organisation (--auth api-key takes it)\n{shim.CLAUDE_AI_NOTICE}\n"
+    )
+    assert (
+        f"  credential  OAuth login from {tmp_path / BUNDLE_FILE}, drawn from its Claude "
+        "subscription or billed as extra usage\n"
+    ) in text
+
+
+def test_new_settings_end_the_renewal_of_the_former_credential(tmp_path: Path) -> None:
+    """A timer that was left over would fail this test."""
+    laid(tmp_path, {BUNDLE_FILE: LOGIN})
+    env, log = {"HOME": str(tmp_path)}, io.StringIO()
+    with shim.server_from(settings_of("--port", "0"), env, log) as server:
+        assert server.app.credential.describe().kind == "oauth-bundle"
+        later = {**env, "ANTHROPIC_API_KEY": "sk-ant-api03-later"}
+        settings = settings_of("--auth", "api-key", "--fallback-auth", "oauth-bundle")
+        shim.reconfigure(server, settings, later)
+        assert [payer.describe().kind for payer in server.app.payers()] == [
+            "api-key",
+            "oauth-bundle",
+        ]
+        server.app.log.write("sk-ant-api03-later sk-ant-oat01-b")
+    assert log.getvalue().endswith("[secret] [secret]\n")
+
+
+def test_fallback_that_is_used_anyway_is_refused(tmp_path: Path) -> None:
+    settings = settings_of("--fallback-auth", "api-key", "--port", "0")
+    env = {"HOME": str(tmp_path), "ANTHROPIC_API_KEY": "k"}
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.server_from(settings, env, io.StringIO())
+    assert str(caught.value) == "--fallback-auth: api-key is used anyway"
+
+
+def test_fallback_does_not_pay_for_clients_that_should_bring_their_own_key() -> None:
+    settings = settings_of("--auth", "passthrough", "--fallback-auth", "api-key", "--port", "0")
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.server_from(settings, {"ANTHROPIC_API_KEY": "k"}, io.StringIO())
+    assert str(caught.value) == (
+        "--fallback-auth: with --auth passthrough you would pay for everybody"
+    )
+
+
+@ON_POSIX
+def test_key_file_that_is_open_to_others_is_a_warning(tmp_path: Path) -> None:
+    """Docker and Kubernetes mount secrets so."""
+    path = secret_file(tmp_path / "key", "sk-ant-api03-f", 0o644)
+    there = World()
+    settings = settings_of("--api-key-file", path)
+    credential = shim.credential_from(settings, {}, there.outside)
+    assert credential.authorization({}) == [("x-api-key", "sk-ant-api03-f")]
+    assert there.told == [f"warning: {path} can be read by others: run chmod 600 {path}"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        case(
+            "plain http to another host",
+            ["--token-url", "http://h.example/token"],
+            "--token-url: a token endpoint must be https://",
+        ),
+        case(
+            "an unknown mode",
+            ["--auth", "static"],
+            "--auth: expected one of auto, oauth-bundle, setup-token, api-key, auth-token, helper, "
+            "federation, profile, claude-code, passthrough, got 'static'",
+        ),
+    ],
+)
+def test_bad_setting_of_credentials(argv: List[str], message: str) -> None:
+    with pytest.raises(shim.ConfigError) as caught:
+        settings_of(*argv)
+    assert str(caught.value) == message
+
+
+def test_crash_dumps_no_core() -> None:
+    pytest.importorskip("resource")
+    code = (
+        "import claude_shim, resource; claude_shim.no_core_dumps(); "
+        "print(resource.getrlimit(resource.RLIMIT_CORE))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-B", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(MODULE_FILE.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout == "(0, 0)\n"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.1.5", "a.example", "127.0.0.1.a"])
@@ -16906,6 +18839,107 @@ def test_start_with_the_echo_answers_and_ends_with_0(tmp_path: Path) -> None:
     assert re.fullmatch(
         r"POST /v1/chat/completions 200 [0-9.]+ms shim_\w+ model=claude-sonnet-5-5 key=- ok\n", err
     )
+
+
+@contextlib.contextmanager
+def program(tmp_path: Path, *argv: str, **environment: str) -> Iterator[Tuple[Any, Any]]:
+    """The program itself, and where it listens."""
+    command = [sys.executable, "-S", "-E", str(MODULE_FILE), "--port", "0", *argv]
+    with subprocess.Popen(
+        command,
+        env={**bare_environment(tmp_path), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline().rpartition(":")[2])
+            yield process, ("127.0.0.1", port)
+        finally:
+            process.kill()
+
+
+posix_only = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+
+
+@posix_only
+def test_signal_lets_a_running_answer_end_and_a_second_one_does_not(tmp_path: Path) -> None:
+    key = {"ANTHROPIC_API_KEY": "sk-ant-api03-x"}
+    with (
+        FakeUpstream([BEGUN, UNTIL_GONE]) as fake,
+        program(tmp_path, "--base-url", fake.url, **key) as (process, address),
+        socket.create_connection(address, PATIENCE) as client,
+    ):
+        client.sendall(POST_CHAT)
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        process.send_signal(signal.SIGTERM)
+        refused = False
+        while not refused:  # the port is closed first
+            with contextlib.suppress(OSError), socket.create_connection(address):
+                continue
+            refused = True
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+
+
+@posix_only
+def test_hang_up_signal_reads_the_keys_again_and_drops_nothing(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\n")
+    with (
+        program(tmp_path, "--upstream", "echo", "--client-key-file", str(keys)) as (
+            process,
+            address,
+        ),
+        socket.create_connection(address, PATIENCE) as client,
+    ):
+
+        def status(key: str) -> bytes:
+            field = f"Authorization: Bearer {key}"
+            client.sendall(raw_request("GET /v1/models HTTP/1.1", field))
+            answer = b""
+            while b"}]}" not in answer and b'"code"' not in answer:
+                answer += client.recv(1 << 16)
+            return answer[9:12]
+
+        assert (status("one"), status("two")) == (b"200", b"401")
+        keys.write_text("two\n")
+        process.send_signal(signal.SIGHUP)
+        assert "read again" in read_until(process.stderr, "note: ")
+        assert (status("one"), status("two")) == (b"401", b"200")
+        keys.write_text("\n")
+        process.send_signal(signal.SIGHUP)
+        assert "stays as it was" in read_until(process.stderr, "note: ")
+        assert status("two") == b"200"
+
+
+def read_until(stream: Any, start: str) -> str:
+    """The next line that begins so."""
+    return next(line for line in stream if line.startswith(start))
+
+
+@posix_only
+def test_program_serves_on_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    command = [sys.executable, "-S", "-E", str(MODULE_FILE), "--upstream", "echo"]
+    with subprocess.Popen(
+        [*command, "--unix", str(path)],
+        env=bare_environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert "http+unix://" in process.stdout.readline()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            client.sendall(HEALTH)
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 OK")
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0
 
 
 # --- as a library
