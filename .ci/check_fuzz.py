@@ -437,7 +437,13 @@ def spelled_alike(stream: bytes) -> list[Any]:
 
 # --- bodies through App ---------------------------------------------------------------------------
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens")
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/responses",
+)
 scalars = some.one_of(
     some.none(), some.booleans(), some.integers(), some.floats(allow_nan=False,
     allow_infinity=False),
@@ -456,7 +462,9 @@ NAMES = """model messages role content type text image_url url tool_calls id fun
     reasoning_effort cache_control prompt system thinking budget_tokens input_schema input source
     media_type data properties items required enum anyOf $ref $defs description format custom
     logit_bias seed parallel_tool_calls functions function_call refusal file file_data filename
-    input_audio prediction web_search_options best_of echo suffix output_config""".split()
+    input_audio prediction web_search_options best_of echo suffix output_config
+    instructions reasoning effort previous_response_id include truncation store output
+    call_id""".split()
 names = some.one_of(some.sampled_from(NAMES), some.text(max_size=3))
 values = some.recursive(
     scalars,
@@ -481,7 +489,13 @@ messages = with_more(
     "tool_calls tool_call_id name function_call refusal reasoning_content thinking_blocks audio",
 )
 chats = {"model": some.just("opus"), "messages": some.lists(messages, min_size=1, max_size=3)}
-bodies = with_more(chats, " ".join(NAMES)) | values
+items = with_more(
+    {"type": types | some.sampled_from(["message", "function_call", "function_call_output",
+                                        "reasoning", "custom_tool_call", "item_reference"])},
+    "role content call_id id name arguments output summary encrypted_content status input phase",
+)  # fmt: skip
+questions = {"model": some.just("opus"), "input": some.lists(items | values, max_size=3) | values}
+bodies = with_more(chats, " ".join(NAMES)) | with_more(questions, " ".join(NAMES)) | values
 
 
 def app() -> Any:
@@ -563,6 +577,12 @@ SAMPLES = [json.dumps(sample).encode() for sample in (
      "thinking": {"type": "enabled", "budget_tokens": 1024}, "tools": [{"name": "t",
      "input_schema": {}}]},
     {"model": "opus", "prompt": ["a", "b"], "max_tokens": 3},
+    {"model": "opus", "instructions": "i", "stream": True, "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "done"}],
+     "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
+     "reasoning": {"effort": "high"}, "text": {"format": {"type": "text"}}, "store": False},
 )]  # fmt: skip
 JSON_TOKENS = [
     b"null", b"true", b"1e999", b"-0", b"NaN", b"Infinity", b"[]", b"{}", b"[" * 300,

@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Optional
 
 import harness
 
@@ -53,6 +53,12 @@ class Shim(NamedTuple):
     port: int
     pid: int
     log: str  # path of its standard error
+    process: Optional[subprocess.Popen[bytes]] = None
+
+    def exit_code(self, seconds: float) -> int:
+        """What it ends with, within so many seconds."""
+        assert self.process
+        return self.process.wait(seconds)
 
     @property
     def url(self) -> str:
@@ -65,11 +71,12 @@ class Shim(NamedTuple):
 
 @contextlib.contextmanager
 def shim(
-    *options: str, max_files: int = 0, timed: bool = False, **environment: str
+    *options: str, max_files: int = 0, timed: bool = False, ends: bool = False, **environment: str
 ) -> Iterator[Shim]:
     """A shim of its own; afterwards its log may hold neither a traceback nor a fault.
 
-    One that is `timed` runs without Python's own checks, as in use.
+    One that is `timed` runs without Python's own checks, as in use; one that `ends` is ended by who
+    uses it.
     """
     checks = [] if timed else ["-X", "dev"]
     command = [SHIM_PYTHON, *checks, SHIM_FILE, "--port", "0", *options]
@@ -87,8 +94,8 @@ def shim(
             )  # fmt: skip
         try:
             url = harness.listening_url(process)
-            yield Shim(int(url.rpartition(":")[2]), process.pid, log_path)
-            assert process.poll() is None, f"the shim ended by itself: {process.returncode}"
+            yield Shim(int(url.rpartition(":")[2]), process.pid, log_path, process)
+            assert ends or process.poll() is None, f"the shim ended by itself: {process.returncode}"
         except BaseException:
             harness.print_log(log_path)
             raise
