@@ -2496,6 +2496,7 @@ class MessageAssembler(EventSink):
         message = object_or_empty(event.get("message"))
         usage = object_or_empty(message.get("usage"))
         self.message = {**message, "content": [], "usage": usage}
+        self._in_text = False
         return b""
 
     def _on_content_block_start(self, event: JSON) -> bytes:
@@ -7323,7 +7324,7 @@ ROUTES: Tuple[Route, ...] = (
     ),
     Route(("POST",), "/v1/responses/input_tokens", "input_tokens", "how long the input is"),
     Route(("POST",), "/v1/responses/compact", "compact", "a conversation as a summary"),
-    Route(("POST",), "/v1/responses/{id}/cancel", "cancel", "400: nothing runs in the background"),
+    Route(("POST",), "/v1/responses/{id}/cancel", "cancel", "400: none runs in the background"),
     Route(
         _READ, "/v1/responses/{id}/input_items", "input_items", "what a stored answer was made of"
     ),
@@ -7941,6 +7942,9 @@ class App:
 
     def cancel(self, request: Request) -> Response:
         """POST /v1/responses/{id}/cancel."""
+        id = stored_id(request.path)
+        if self.store.response(self._owner(request), id) is None:
+            raise not_stored(id)
         raise RequestError("only background responses can be cancelled, and there are none")
 
     def compact(self, request: Request) -> Conversation[Response]:
@@ -8164,7 +8168,7 @@ def asks_for_stream(body: JSON) -> bool:
 def stored_id(target: str) -> str:
     """Return the id in the path of a stored response."""
     path = normalised_path(target)[len("/v1/responses/") :]
-    return urllib.parse.unquote(re.sub(r"/input_items$", "", path))
+    return urllib.parse.unquote(re.sub(r"/(?:input_items|cancel)$", "", path))
 
 
 def not_stored(id: str) -> NotStoredError:
@@ -8748,17 +8752,24 @@ class Relay:
 
     def _run(self) -> None:
         while not self._ended:
-            for key, _ in self._selector.select(self._patience()):
-                if key.data is None:
-                    self._wakened.recv(1 << 12)
-                else:
-                    self._guarded(key.data, key.data.on_ready)
-            for _ in range(len(self._calls)):
-                self._guarded(*self._calls.popleft())
-            self._ask_due(time.monotonic())
+            try:
+                self._turn()
+            except Exception as error:  # the edge: whatever it is, the other connections go on
+                self._on_fault(error, "relay")
         for key in list(self._selector.get_map().values()):
             if key.data is not None:
                 self._guarded(key.data, key.data.abort)
+
+    def _turn(self) -> None:
+        watched = self._selector.get_map()
+        for key, _ in self._selector.select(self._patience()):
+            if key.data is None:
+                self._wakened.recv(1 << 12)
+            elif watched.get(key.fd) == key:  # what came before it may have ended this one
+                self._guarded(key.data, key.data.on_ready)
+        for _ in range(len(self._calls)):
+            self._guarded(*self._calls.popleft())
+        self._ask_due(time.monotonic())
 
     def _patience(self) -> Optional[float]:
         if self._calls:
