@@ -8752,10 +8752,7 @@ class Relay:
 
     def _run(self) -> None:
         while not self._ended:
-            try:
-                self._turn()
-            except Exception as error:  # the edge: whatever it is, the other connections go on
-                self._on_fault(error, "relay")
+            self._guarded(Party(), self._turn)
         for key in list(self._selector.get_map().values()):
             if key.data is not None:
                 self._guarded(key.data, key.data.abort)

@@ -14936,7 +14936,7 @@ def test_responses_search_of_the_web_may_pause() -> None:
 
 
 OTHER_PATHS = [
-    case("cancel", "POST", "/resp_1/cancel", 400, "background"),
+    case("cancel of an unknown one", "POST", "/resp_1/cancel", 404, "'resp_1' not found"),
     case("a stream of what is stored", "GET", "/resp_1?stream=true", 400, "whole"),
     case("a list of all", "GET", "", 404, "lists no responses"),
     case("an unknown one", "GET", "/resp_1", 404, "'resp_1' not found"),
@@ -14950,6 +14950,15 @@ def test_responses_paths(method: str, path: str, status: int, reason: str) -> No
         response = get(app, RESPONSES + path, method=method)
     assert response.status == status
     assert reason in json.loads(response.body)["error"]["message"]
+
+
+def test_stored_response_cannot_be_cancelled() -> None:
+    with closing_app(FINE) as (app, _):
+        asked = {"model": "sonnet", "input": "hi"}
+        id = answered(ask(app, RESPONSES, asked))["id"]
+        response = get(app, f"{RESPONSES}/{id}/cancel", method="POST")
+    assert response.status == 400
+    assert "background" in json.loads(response.body)["error"]["message"]
 
 
 PAGES = [

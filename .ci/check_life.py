@@ -37,8 +37,9 @@ from wire import (
 
 
 @contextlib.contextmanager
-def before(*options: str, ends: bool = False, **environment: str) -> Iterator[tuple[Upstream,
-Shim]]:
+def before(
+    *options: str, ends: bool = False, **environment: str
+) -> Iterator[tuple[Upstream, Shim]]:
     """A shim with these options, and its upstream."""
     enough_files()
     with failing_upstream() as upstream:
