@@ -2030,7 +2030,7 @@ def read_fields(
     RequestError, with the reason, if a value of `rejected` is used.
     """
     for field, (reason, used) in rejected.items():
-        if used(body.get(field)):
+        if field in body and used(body[field]):
             raise RequestError(reason, param=field)
     for field, (_, read) in mapped.items():
         if body.get(field) is not None:
@@ -7707,12 +7707,8 @@ class App:
                     question, stripped = without_thinking(question), True
                 else:
                     model = self._cured(question, model, error, tried)
-        known = self.catalogue.model(model.id)
-        # What was refused of a schema is true of that schema, not of the model.
-        about_schemas = {"strict_tools", "structured_outputs"}
-        model = model._replace(**{field: getattr(known, field) for field in about_schemas})
-        if model != known:
-            self.catalogue.learn(model)
+        if len(tried) > 1:
+            self._learn(model)
         source = response.source
         if draft.annotated:  # server tools may pause the turn
             source = ResumingSource(
@@ -7721,6 +7717,14 @@ class App:
                 lambda body: driven(self._post(request, body, draft.betas), self.upstream).source,
             )
         return Asked(source, response.headers, fitted.changed)
+
+    def _learn(self, model: Model) -> None:
+        """Remember what refusals taught; what was said of a schema is true of that schema alone."""
+        known = self.catalogue.model(model.id)
+        about_schemas = ("strict_tools", "structured_outputs")
+        model = model._replace(**{field: getattr(known, field) for field in about_schemas})
+        if model != known:
+            self.catalogue.learn(model)
 
     @staticmethod
     def _cured(question: JSON, model: Model, error: UpstreamError, tried: Sequence[JSON]) -> Model:

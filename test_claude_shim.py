@@ -18855,6 +18855,107 @@ def test_start_with_the_echo_answers_and_ends_with_0(tmp_path: Path) -> None:
     )
 
 
+@contextlib.contextmanager
+def program(tmp_path: Path, *argv: str, **environment: str) -> Iterator[Tuple[Any, Any]]:
+    """The program itself, and where it listens."""
+    command = [sys.executable, "-S", "-E", str(MODULE_FILE), "--port", "0", *argv]
+    with subprocess.Popen(
+        command,
+        env={**bare_environment(tmp_path), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline().rpartition(":")[2])
+            yield process, ("127.0.0.1", port)
+        finally:
+            process.kill()
+
+
+posix_only = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+
+
+@posix_only
+def test_signal_lets_a_running_answer_end_and_a_second_one_does_not(tmp_path: Path) -> None:
+    key = {"ANTHROPIC_API_KEY": "sk-ant-api03-x"}
+    with (
+        FakeUpstream([BEGUN, UNTIL_GONE]) as fake,
+        program(tmp_path, "--base-url", fake.url, **key) as (process, address),
+        socket.create_connection(address, PATIENCE) as client,
+    ):
+        client.sendall(POST_CHAT)
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        process.send_signal(signal.SIGTERM)
+        refused = False
+        while not refused:  # the port is closed first
+            with contextlib.suppress(OSError), socket.create_connection(address):
+                continue
+            refused = True
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+
+
+@posix_only
+def test_hang_up_signal_reads_the_keys_again_and_drops_nothing(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\n")
+    with (
+        program(tmp_path, "--upstream", "echo", "--client-key-file", str(keys)) as (
+            process,
+            address,
+        ),
+        socket.create_connection(address, PATIENCE) as client,
+    ):
+
+        def status(key: str) -> bytes:
+            field = f"Authorization: Bearer {key}"
+            client.sendall(raw_request("GET /v1/models HTTP/1.1", field))
+            answer = b""
+            while b"}]}" not in answer and b'"code"' not in answer:
+                answer += client.recv(1 << 16)
+            return answer[9:12]
+
+        assert (status("one"), status("two")) == (b"200", b"401")
+        keys.write_text("two\n")
+        process.send_signal(signal.SIGHUP)
+        assert "read again" in read_until(process.stderr, "note: ")
+        assert (status("one"), status("two")) == (b"401", b"200")
+        keys.write_text("\n")
+        process.send_signal(signal.SIGHUP)
+        assert "stays as it was" in read_until(process.stderr, "note: ")
+        assert status("two") == b"200"
+
+
+def read_until(stream: Any, start: str) -> str:
+    """The next line that begins so."""
+    return next(line for line in stream if line.startswith(start))
+
+
+@posix_only
+def test_program_serves_on_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    command = [sys.executable, "-S", "-E", str(MODULE_FILE), "--upstream", "echo"]
+    with subprocess.Popen(
+        [*command, "--unix", str(path)],
+        env=bare_environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert "http+unix://" in process.stdout.readline()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            client.sendall(HEALTH)
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 OK")
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0
+
+
 # --- as a library
 
 

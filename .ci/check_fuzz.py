@@ -308,8 +308,17 @@ def cut(raw: bytes, chance: random.Random) -> list[bytes]:
 def event_boundaries() -> str:
     streams = [b"".join(text_stream(random.Random(n), 4)) for n in range(4)]
     streams += [stream.replace(b"\n", b"\r\n") for stream in streams[:2]]
-    tokens = [b"\n", b"\r", b"\r\n", b"\n\n", b": c\n", b"data", b"data:", b"event: x\n",
-    b"\xef\xbb\xbf"]
+    tokens = [
+        b"\n",
+        b"\r",
+        b"\r\n",
+        b"\n\n",
+        b": c\n",
+        b"data",
+        b"data:",
+        b"event: x\n",
+        b"\xef\xbb\xbf",
+    ]
     mutator, budget = Mutator(SEED + 2, streams, [*tokens, b"\0", b"id: 1\n"]), Budget(300_000, 6)
     for _ in budget:
         raw = mutator.made()
@@ -398,8 +407,9 @@ def framed(event: JSON, ascii_only: bool, padded: bool = False) -> bytes:
 @check("the splice gives the general path's bytes")
 def splice_and_general() -> str:
     chance, per_stream, mutated = random.Random(SEED + 3), 40, 0
-    mutator = Mutator(SEED + 4, [b""], [b"\\", b'"', b"\\u00e9", b"\\ud83d", b"}", b" ", b"\n",
-    b"\xff", b"\0"])
+    mutator = Mutator(
+        SEED + 4, [b""], [b"\\", b'"', b"\\u00e9", b"\\ud83d", b"}", b" ", b"\n", b"\xff", b"\0"]
+    )
     budget = Budget(400_000 // per_stream, 15)
     for number in budget:
         events = list(text_stream(chance, per_stream))
