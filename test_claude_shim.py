@@ -11397,7 +11397,7 @@ def storm(folder: Path, processes: int, refreshes: int, kills: bool, disk: str =
     logins, killed, killed_at, started = 0, 0, 1, str(time.time())
     command = [sys.executable, "-B", "-c", STORM_PROCESS, str(path), login.url, started, disk]
     running: List[subprocess.Popen[bytes]] = []
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 60 + refreshes
     environment = {**os.environ, "PYTHONPATH": str(MODULE_FILE.parent)}
     with login.serving():
         try:
