@@ -4895,11 +4895,15 @@ def write_secret_file(path: str, text: str) -> None:
 
 
 def finish_write(path: str, check: Callable[[str, str], object]) -> None:
-    """Put in place what a killed process wrote but did not come to put there, if it is whole."""
+    """Put in place what a killed process wrote but did not come to put there, if it is whole.
+
+    Not over a file that was written or removed since then, by a login or by hand.
+    """
     with contextlib.suppress(ConfigError, OSError):
         target = _own_target(path)
         check(read_secret_file(f"{target}.new"), path)
-        os.replace(f"{target}.new", target)
+        if os.stat(f"{target}.new").st_mtime_ns >= os.stat(target).st_mtime_ns:
+            os.replace(f"{target}.new", target)
 
 
 # --- tokens

@@ -11191,6 +11191,20 @@ def test_what_a_killed_process_wrote_is_put_in_place_by_the_next(tmp_path: Path)
     assert not (tmp_path / "oauth.json.new").exists()
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_what_a_killed_process_wrote_is_not_put_over_something_later(
+    tmp_path: Path, removed: bool
+) -> None:
+    path = login_file(tmp_path)
+    new = secret_file(tmp_path / "oauth.json.new", '{"access_token": "stale"}')
+    os.utime(new, (5, 5))
+    if removed:
+        os.unlink(path)
+    shim.finish_write(path, shim.parsed_bundle)
+    assert os.path.exists(path) is not removed
+    assert removed or json.loads(Path(path).read_text())["access_token"] == "at-1"
+
+
 def test_half_of_what_a_killed_process_wrote_is_overwritten(tmp_path: Path) -> None:
     path = login_file(tmp_path)
     secret_file(tmp_path / "oauth.json.new", '{"access_token": "at-')
@@ -11391,7 +11405,7 @@ def storm(folder: Path, processes: int, refreshes: int, kills: bool, disk: str =
     logins, killed, killed_at, started = 0, 0, 1, str(time.time())
     command = [sys.executable, "-B", "-c", STORM_PROCESS, str(path), login.url, started, disk]
     running: List[subprocess.Popen[bytes]] = []
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 60 + refreshes
     environment = {**os.environ, "PYTHONPATH": str(MODULE_FILE.parent)}
     with login.serving():
         try:

@@ -1,6 +1,6 @@
 """Renew one login from many processes, before a token endpoint that ends it at the first reuse.
 
-    python .ci/check_refresh.py [REFRESHES]
+    python .ci/check_refresh.py [--long]
 
 Needs pytest, for the storm of test_claude_shim.py. A kill -9 between the answer of the endpoint and
 the file loses the token in any program; those are counted and told, and excuse the reuse that must
@@ -27,7 +27,7 @@ STORMS = [
 
 
 def main() -> int:
-    refreshes = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    refreshes = 1000 if "--long" in sys.argv else 200
     failed = False
     for title, processes, kills, disk in STORMS:
         started = time.monotonic()
