@@ -3535,9 +3535,8 @@ class Known(NamedTuple):
     key: bytes = b""  # of the envelopes
     thinking: Callable[[str], List[JSON]] = lambda call_id: []  # that came before a call
     item: Callable[[str], Optional[JSON]] = lambda item_id: None
-    history: Callable[[str], Optional[List[JSON]]] = lambda response_id: (
-        None
-    )  # up to and with a response
+    # All items up to and with a response:
+    history: Callable[[str], Optional[List[JSON]]] = lambda response_id: None
 
 
 class CalledAs(NamedTuple):
@@ -3567,8 +3566,9 @@ class ResponsesDraft(Draft):
     def add_name(self, called: CalledAs) -> str:
         """Return the name for a tool that is as upstream takes it; a namespace comes first."""
         name = _flat_name(called.name, called.namespace)
-        while self.called_as.get(safe_name(name), called)[1:] != called[1:]:
-            name += "_"  # a tool of the very name that a namespace makes
+        if self.called_as.get(safe_name(name), called)[1:] != called[1:]:
+            # There is a tool of the very name that the namespace makes.
+            name = safe_name(f"{called.namespace}/{called.name}")
         self.called_as[safe_name(name)] = called
         self.upstream_names[called.namespace, called.name] = safe_name(name)
         return name
@@ -3681,7 +3681,8 @@ ItemReader = Callable[[ResponsesDraft, JSON, str], None]
 def _items(draft: ResponsesDraft, value: Any, path: str) -> None:
     given = [{"role": "user", "content": value}] if isinstance(value, str) else value
     for number, item in enumerate(as_list(given, path)):
-        whole = _dereferenced(draft, as_object(item, f"{path}.{number}"), path)
+        where = f"{path}.{number}"
+        whole = _dereferenced(draft, as_object(item, where), where)
         draft.items.extend([_full_message(whole)] if whole else [])
     items = [*draft.history, *draft.items]
     for number, item in enumerate(items):
@@ -3708,9 +3709,9 @@ def _dereferenced(draft: ResponsesDraft, item: JSON, path: str) -> Optional[JSON
     id = as_text(item.get("id"), f"{path}.id")
     found = draft.known.item(id)
     if found is None and not id.startswith("rs_"):
-        raise NotStoredError(f"Item with id '{id[:100]}' not found.", param=path)
+        raise NotStoredError(f"Item with id '{id[:100]}' not found.", param="input")
     if found is None:
-        draft.ignore(f"{path}.item_reference")
+        draft.ignore("input.item_reference")
     return found
 
 
@@ -3758,12 +3759,11 @@ def _reasoning_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
 def _call_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
     custom = item.get("type") == "custom_tool_call"
     given = {"input": item.get("input")} if custom else item.get("arguments")
-    name, namespace = item.get("name", "tool_search"), str(item.get("namespace") or "")
-    flat = _flat_name(as_text(name, f"{path}.name"), namespace)
+    name, namespace = as_text(item.get("name"), f"{path}.name"), str(item.get("namespace") or "")
     block = {
         "type": "tool_use",
         "id": safe_name(as_text(item.get("call_id"), f"{path}.call_id") or "call"),
-        "name": draft.upstream_names.get((namespace, str(name)), safe_name(flat)),
+        "name": draft.upstream_names.get((namespace, name), safe_name(_flat_name(name, namespace))),
         "input": tool_input(given),
     }
     draft.turns.append(("assistant", [block]))
@@ -3782,7 +3782,7 @@ def _search_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
     if item.get("call_id") is None:
         draft.ignore(f"input.{item['type']}")
     elif item["type"] == "tool_search_call":
-        _call_item(draft, item, path)
+        _call_item(draft, {**item, "name": "tool_search"}, path)
     else:
         _output_item(draft, item, path)
 
@@ -3868,7 +3868,7 @@ def _reasoning_field(draft: ResponsesDraft, value: Any, path: str) -> None:
 
 def _text_field(draft: ResponsesDraft, value: Any, path: str) -> None:
     text = as_object(value, path)
-    if text.get("format") is not None:
+    if text.get("format") is not None and not draft.compacts:  # a summary has none
         output_format(draft, text["format"], f"{path}.format")
     if text.get("verbosity") not in (None, "medium"):
         draft.ignore(f"{path}.verbosity")
@@ -4003,19 +4003,15 @@ def messages_request_from_responses(
     if not any(blocks for _, blocks in draft.turns):
         raise RequestError("expected at least one message with content", param="input")
     if draft.compacts:
-        _ask_for_summary(draft)
-    elif draft.request.get("tool_choice", {}).get("type") in ("any", "tool") and draft.json_schema:
+        draft.turns.append(("user", text_block(SUMMARISE)))
+        draft.require_tools({"type": "none"})
+    elif draft.json_schema and draft.request.get("tool_choice", {}).get("type") in ("any", "tool"):
         # instructor sends the same schema as text format and as forced tool: the call must win.
-        draft.request["output_config"].pop("format")
+        config = draft.request.pop("output_config")
+        kept = {name: value for name, value in config.items() if name != "format"}
+        draft.request.update({"output_config": kept} if kept else {})
         draft.ignore("text.format")
     return draft
-
-
-def _ask_for_summary(draft: ResponsesDraft) -> None:
-    draft.turns.append(("user", text_block(SUMMARISE)))
-    draft.require_tools({"type": "none"})
-    draft.request.get("output_config", {}).pop("format", None)
-    draft.json_object = False
 
 
 # --- answers
