@@ -4076,6 +4076,11 @@ INCOMPLETE = {
 }
 
 
+def _last_status(message: JSON) -> str:
+    """The status of a message's last item: only that can have been cut off."""
+    return "incomplete" if str(message.get("stop_reason")) in INCOMPLETE else "completed"
+
+
 def _finished(reply: ResponsesReply, message: JSON, output: List[JSON]) -> JSON:
     reason = INCOMPLETE.get(str(message.get("stop_reason")))
     fields: JSON = {"model": message.get("model") or reply.model}
@@ -4096,8 +4101,7 @@ def response_from_message(message: JSON, reply: ResponsesReply) -> JSON:
         else:
             kind = _item_kind(block, reply)
             items.extend([kind(len(items), block, reply)] if kind else [])
-    last = "incomplete" if message.get("stop_reason") in INCOMPLETE else "completed"
-    statuses = [*("completed" for _ in items[1:]), last]
+    statuses = [*("completed" for _ in items[1:]), _last_status(message)]
     output = [item.whole(status) for item, status in zip(items, statuses)]
     return _finished(reply, message, _with_summary(output, reply))
 
@@ -4554,8 +4558,7 @@ class ResponsesStreamEncoder(EventSink):
         if message is None:
             raise UpstreamCutError("upstream ended an answer that had not begun")
         refused = b"".join(self._begun(block) for block in _refusal(message, self._reply))
-        cut = message.get("stop_reason") in INCOMPLETE
-        closed = self._closed("incomplete" if cut else "completed")
+        closed = self._closed(_last_status(message))
         response = _finished(self._reply, message, _with_summary(self._output, self._reply))
         self.complete = True
         self._remember(message, response)

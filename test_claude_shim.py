@@ -10284,6 +10284,21 @@ def test_response_remembers_its_message_once_and_leaves_events_alone(
     assert json.dumps(playbook.events()) == before
 
 
+def test_response_of_an_upstream_that_sends_nonsense_ends_in_order() -> None:
+    """Each member of each event spoiled: the stream ends as one can, and nothing is raised."""
+    (playbook,) = (p.values[0] for p in RESPONSE_PLAYBOOKS if "and one message of" in str(p.id))
+    events = playbook.events()
+    ends = {"response.completed", "response.incomplete", "response.failed"}
+    for number, given in enumerate(events):
+        for wrong in (value for value in spoiled(given) if isinstance(value, dict)):
+            spoilt = [*events[:number], wrong, *events[number + 1 :]]
+            raw = b"".join(b"data: %b\n\n" % json.dumps(one).encode() for one in spoilt)
+            transform = playbook.transform()
+            made = chunks(transform.feed(raw) + transform.end())
+            assert made[-1]["type"] in ends, wrong
+            assert [e["sequence_number"] for e in made] == list(range(len(made)))
+
+
 def test_response_splices_text_as_it_stands() -> None:
     """Percent signs of a template, escapes and characters of several bytes."""
     parts = ["100 %", "%d %b", 'a"\\\n', "\u2028", UML]
