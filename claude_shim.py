@@ -6073,13 +6073,11 @@ class ResponseStore:
 
     def _forget(self, database: sqlite3.Connection) -> None:
         oldest = (self._clock() - self._hours * 3600,)
-        gone = database.execute("DELETE FROM responses WHERE used < ?", oldest).rowcount
+        database.execute("DELETE FROM responses WHERE used < ?", oldest)
         query = "SELECT sum(bytes) FROM responses"
         while (database.execute(query).fetchone()[0] or 0) > self.max_bytes:
             first = "(SELECT rowid FROM responses ORDER BY used LIMIT 1)"
-            gone += database.execute(f"DELETE FROM responses WHERE rowid = {first}").rowcount
-        if gone:
-            database.execute("DELETE FROM items WHERE response NOT IN (SELECT id FROM responses)")
+            database.execute(f"DELETE FROM responses WHERE rowid = {first}")
 
 
 def _with_tables(database: sqlite3.Connection) -> sqlite3.Connection:
@@ -6099,6 +6097,10 @@ CREATE TABLE IF NOT EXISTS responses (
 );
 CREATE INDEX IF NOT EXISTS responses_by_use ON responses (used, bytes);
 CREATE TABLE IF NOT EXISTS items (owner TEXT, id TEXT, response TEXT, PRIMARY KEY (owner, id));
+CREATE INDEX IF NOT EXISTS items_by_response ON items (owner, response);
+CREATE TRIGGER IF NOT EXISTS items_go AFTER DELETE ON responses BEGIN
+    DELETE FROM items WHERE owner = OLD.owner AND response = OLD.id;
+END;
 """
 
 
