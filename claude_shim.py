@@ -4471,9 +4471,8 @@ class ResponsesStreamEncoder(EventSink):
         code = detail["code"] or ("invalid_prompt" if status == 400 else "server_error")
         told = {"code": code, "message": detail["message"]}
         failed = _response(self._reply, "failed", self._output, error=told)
-        return self._told([("error", {"error": {**detail, "code": code}})]) + self._told(
-            [("response.failed", {"response": failed})]
-        )
+        events = [("error", {"error": {**detail, "code": code}})]
+        return self._told([*events, ("response.failed", {"response": failed})])
 
     # Events
 
@@ -6324,8 +6323,20 @@ _RELAYED_TO_UPSTREAM = re.compile(
 _RELAYED_TO_CLIENT = re.compile(
     r"anthropic-.*|request-id|retry-after|retry-after-ms|x-should-retry|content-type|content-disposition"
 )
-# Codex sends a request again, six times in all, on these; a 400 it believes.
+# Codex sends a request six times in all on these; a 400 it believes.
 CODEX_REPEATS = {404: 400, 413: 400, 422: 400}
+
+
+def responses_status(status: int, body: JSON, headers: HeaderList, client: Dict[str, str]) -> int:
+    """Return the status of an error of POST /v1/responses that Codex repeats no more than it must.
+
+    It knows no x-should-retry, and sends a request thirty times on a 5xx other than overload.
+    """
+    final = ("x-should-retry", "false") in headers and client.get("originator", "")[:5] == "codex"
+    if final and status >= 500 and body["error"]["code"] != "server_is_overloaded":
+        return 400
+    return CODEX_REPEATS.get(status, status)
+
 
 _RATE_LIMITS = re.compile(r"anthropic-ratelimit-(requests|tokens)-(limit|remaining|reset)")
 
@@ -6585,7 +6596,7 @@ class App:
         else:
             status, body = openai_error(error)
             if request.method == "POST" and normalised_path(request.path) == "/v1/responses":
-                status = CODEX_REPEATS.get(status, status)
+                status = responses_status(status, body, headers, request.headers)
             spent = status == 429 and all(name != "retry-after" for name, _ in headers)
             if spent:  # a limit on spending: trying again is in vain
                 headers.append(("x-should-retry", "false"))

@@ -13466,6 +13466,42 @@ def test_responses_refusals_are_not_repeated_by_codex(
     assert (response.status, json.loads(response.body)["error"]["code"]) == (status, code)
 
 
+@pytest.mark.parametrize(
+    ("failure", "client", "status"),
+    [
+        case(
+            "a time-out, for Codex",
+            shim.UpstreamTimeoutError("x"),
+            {"originator": "codex_exec"},
+            400,
+        ),
+        case("a time-out, for others", shim.UpstreamTimeoutError("x"), {}, 504),
+        case(
+            "no connection: Codex may try",
+            shim.UpstreamUnreachableError("x"),
+            {"originator": "codex_exec"},
+            502,
+        ),
+        case(
+            "overload: Codex tries five times",
+            refused(529, "overloaded_error", "x", x_should_retry="false"),
+            {"originator": "codex_exec"},
+            503,
+        ),
+        case(
+            "a failure that trying again did not mend",
+            refused(500, "api_error", "x", x_should_retry="false"),
+            {"originator": "codex_exec"},
+            400,
+        ),
+    ],
+)
+def test_responses_that_are_final_are_so_for_codex(failure: Any, client: Any, status: int) -> None:
+    """It ignores x-should-retry, and would ask thirty times."""
+    with closing_app(failure) as (app, _):
+        assert ask(app, RESPONSES, {"model": OPUS, "input": "hi"}, **client).status == status
+
+
 def test_responses_name_what_had_no_effect() -> None:
     with closing_app(FINE) as (app, _):
         response = respond(app, {"input": "hi", "truncation": "auto", "tools": [{"type": "mcp"}]})
