@@ -431,11 +431,11 @@ def error_from_event(event: JSON) -> UpstreamError:
 MAX_JSON_DEPTH = 200
 # 32 MiB of "[]," would become a gigabyte; a long conversation with many tools has some 10,000.
 MAX_JSON_VALUES = 500_000
-MAX_DIGITS = 308  # of a whole number: what a double can hold, as for the others
+MAX_JSON_DIGITS = 308  # of a whole number: what a double can hold, as for the others
 
-_OPENS_OR_PARTS = b"[{,"
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
+_HALF = re.compile(r"[\ud800-\udfff]")  # the parser joined what is a pair
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -446,7 +446,8 @@ def dumps(value: Any) -> bytes:
 
 def loads(body: bytes) -> Any:
     """Return the value of a JSON text in UTF-8; ValueError says in a sentence what is wrong."""
-    if sum(map(body.count, _OPENS_OR_PARTS)) > MAX_JSON_DEPTH:
+    opening = body.count(b"[") + body.count(b"{")
+    if opening > MAX_JSON_DEPTH or opening + body.count(b",") > MAX_JSON_VALUES:
         _check_structure(body)
     text = body.decode("utf-8")
     if text.startswith("\ufeff"):
@@ -508,7 +509,7 @@ def _check_structure(body: bytes) -> None:
     """Refuse what the parser would turn into far more stack or memory than it has bytes."""
     depth = values = 0
     for text in _outside_strings(body):
-        values += sum(map(text.count, _OPENS_OR_PARTS))
+        values += text.count(b"[") + text.count(b"{") + text.count(b",")
         if values > MAX_JSON_VALUES:
             raise ValueError(f"it has more than {MAX_JSON_VALUES} values")
         steps = map(_STEP.__getitem__, text.translate(None, _NOT_BRACKET))
@@ -544,7 +545,7 @@ def _finite(text: str) -> float:
 
 
 def _whole_number(text: str) -> int:
-    if len(text) > MAX_DIGITS:  # and int() of many digits takes quadratic time
+    if len(text) > MAX_JSON_DIGITS:  # and int() of many digits takes quadratic time
         raise ValueError(f"the number {text[:20]}... is too large")
     return int(text)
 
@@ -552,7 +553,7 @@ def _whole_number(text: str) -> int:
 def _without_surrogates(value: Any) -> Any:
     """Half a surrogate pair is no character, and Anthropic refuses it: it becomes U+FFFD."""
     if isinstance(value, str):
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return _HALF.sub("\ufffd", value)
     if isinstance(value, list):
         return [_without_surrogates(item) for item in value]
     if isinstance(value, dict):
@@ -2010,7 +2011,7 @@ def read_fields(
     RequestError, with the reason, if a value of `rejected` is used.
     """
     for field, (reason, used) in rejected.items():
-        if used(body.get(field)):
+        if field in body and used(body[field]):
             raise RequestError(reason, param=field)
     for field, (_, read) in mapped.items():
         if body.get(field) is not None:
@@ -4980,11 +4981,32 @@ def response_framing(status: int, headers: HeaderList) -> Framing:
     return Framing(False, int(lengths[0]) if lengths else None, keep and bool(lengths))
 
 
+class Way(NamedTuple):
+    """What all requests over a connection have in common."""
+
+    target: str  # before the path: of the base URL, or all of it for a proxy
+    fields: str  # lines of the head
+
+    def head(self, request: UpstreamRequest) -> bytes:
+        """Return the head of a request; RequestError if a field could break out of its line."""
+        fields = request.headers
+        if request.body or request.method not in ("GET", "HEAD"):
+            fields = [*fields, ("Content-Length", str(len(request.body)))]
+        line = f"{request.method} {self.target}{request.path} HTTP/1.1"
+        if _UNSAFE_HEADER.search("".join([line, *itertools.chain.from_iterable(fields)])):
+            raise RequestError("a header for upstream holds a control character")
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+        return f"{line}\r\n{self.fields}{lines}\r\n".encode("latin-1")
+
+
 class UpstreamConnection(Source):
     """One connection: a request out, a head in, then the source of the body."""
 
-    def __init__(self, sock: socket.socket, limits: Limits, release: Callable[..., None]) -> None:
+    def __init__(
+        self, sock: socket.socket, way: Way, limits: Limits, release: Callable[..., None]
+    ) -> None:
         self.sock: socket.socket = sock
+        self._way = way
         self.used = False  # has carried an answer before
         self.idle_since = 0.0
         self.silence_seconds = limits.silence
@@ -5000,7 +5022,7 @@ class UpstreamConnection(Source):
         self._begun = False  # a head of 1xx has come
         self.head_deadline = 0.0
 
-    def begin(self, head: bytes, request: UpstreamRequest) -> None:
+    def begin(self, request: UpstreamRequest) -> None:
         """Send a request; OSError if the connection broke."""
         now = time.monotonic()
         self.deadline = now + (request.patience or self._limits.total)
@@ -5008,7 +5030,7 @@ class UpstreamConnection(Source):
         if request.patience:
             self.silence_seconds = request.patience
         try:
-            self._send(head, request)
+            self._send(self._way.head(request), request)
         except (BrokenPipeError, ConnectionResetError):
             if self.used or not readable([self.sock], 0.5):
                 raise  # else an early refusal, such as 413, may be waiting
@@ -5125,7 +5147,7 @@ class UpstreamConnection(Source):
 
     def close(self) -> None:
         if self._keep and self.rests():
-            heir = UpstreamConnection(self.sock, self._limits, self._release)
+            heir = UpstreamConnection(self.sock, self._way, self._limits, self._release)
             heir.used = self._given_back = True  # a late `drop` must not close what is another's
             self._release(heir)
         else:
@@ -5149,45 +5171,22 @@ STALE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 NO_ANSWER_IN_TIME = "upstream did not start to answer in time"
 
 
-class PooledHandler(urllib.request.BaseHandler):
-    """urllib's http: and https: over kept-alive connections.
+class IdleConnections:
+    """Connections that carried an answer to its end; the last one used is taken first.
 
-    The last one used is taken first. One that was closed meanwhile is noticed when it turns
-    readable; a request that finds out too late is sent again, on a new connection, only if not a
-    byte of an answer had come.
+    One that was closed meanwhile is noticed when it turns readable.
     """
 
     IDLE_SECONDS = 30.0  # less than servers keep one open
     MAX_IDLE = 64
 
-    def __init__(self, limits: Limits, context: Optional[ssl.SSLContext]) -> None:
-        self._limits = limits
-        self._context = context
+    def __init__(self) -> None:
         self._idle: List[UpstreamConnection] = []
         self._lock = threading.Lock()
         self._closed = False
 
-    def http_open(self, call: UpstreamCall) -> Optional[UpstreamConnection]:
-        """Return a connection that carries the request; None if only an idle one would do."""
-        head = call.head()
-        taken = None if call.request.fresh else self._taken()
-        while taken or call.connects:
-            connection, taken = taken or self._connected(call), None
-            try:
-                connection.begin(head, call.request)
-                return connection
-            except OSError as error:
-                connection.drop()
-                if not (connection.used and isinstance(error, STALE)):
-                    raise UpstreamCutError(f"no answer from upstream: {error}") from None
-            except BaseException:
-                connection.drop()
-                raise
-        return None
-
-    https_open = http_open
-
-    def _taken(self) -> Optional[UpstreamConnection]:
+    def taken(self) -> Optional[UpstreamConnection]:
+        """Return a connection that seems to be open still, or None."""
         while True:
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
@@ -5216,6 +5215,23 @@ class PooledHandler(urllib.request.BaseHandler):
         for connection in idle:
             connection.drop()
 
+
+class ConnectingHandler(urllib.request.BaseHandler):
+    """urllib's http: and https: for a new connection, which then carries requests by itself."""
+
+    def __init__(
+        self, limits: Limits, context: Optional[ssl.SSLContext], idle: IdleConnections
+    ) -> None:
+        self._limits = limits
+        self._context = context
+        self._release = idle.release
+
+    def http_open(self, call: UpstreamCall) -> UpstreamConnection:
+        """Return an open connection; UpstreamUnreachableError says why there is none."""
+        return self._connected(call)
+
+    https_open = http_open
+
     def _connected(self, call: UpstreamCall) -> UpstreamConnection:
         host = call.host
         try:
@@ -5235,7 +5251,7 @@ class PooledHandler(urllib.request.BaseHandler):
         except BaseException:
             sock.close()
             raise
-        return UpstreamConnection(sock, self._limits, self.release)
+        return UpstreamConnection(sock, call.way(), self._limits, self._release)
 
     def _secured(self, sock: socket.socket, call: UpstreamCall) -> socket.socket:
         if call.type != "https" and not call.tunnel:
@@ -5274,14 +5290,11 @@ def _tls_sentence(host: str, error: OSError) -> str:
 
 
 class UpstreamCall(urllib.request.Request):
-    """An UpstreamRequest on its way through urllib's handlers."""
+    """A base URL on its way through urllib's handlers, with the fields of every request."""
 
-    def __init__(self, base_url: str, request: UpstreamRequest, connects: bool = True) -> None:
-        # With a host of origin given, urllib does not parse the URL a second time.
-        super().__init__(base_url + request.path, origin_req_host="", method=request.method)
-        self.request = request
-        self.connects = connects  # else only a connection that is idle now will do
-        self._origin = self.host
+    def __init__(self, base_url: str, fields: HeaderList) -> None:
+        super().__init__(base_url)
+        self._fields = [("Host", self.host), *fields, ("Accept-Encoding", "identity")]
 
     @property
     def tunnel(self) -> str:
@@ -5292,25 +5305,23 @@ class UpstreamCall(urllib.request.Request):
         """Return what ProxyHandler made of the user and password in the proxy's URL."""
         return str(self.headers.get("Proxy-authorization") or "")
 
-    def head(self) -> bytes:
-        """Return the request head; ValueError if a field could break out of its line."""
-        fields = [("Host", self._origin), *self.request.headers, ("Accept-Encoding", "identity")]
-        if self.request.body or self.request.method not in ("GET", "HEAD"):
-            fields.append(("Content-Length", str(len(self.request.body))))
+    def way(self) -> Way:
+        """Return what a request needs to take this way."""
+        fields = self._fields
         if not self.tunnel and self.proxy_authorization():
-            fields.append(("Proxy-Authorization", self.proxy_authorization()))
-        lines = [f"{self.request.method} {self.selector} HTTP/1.1"]
-        lines += [f"{name}: {value}" for name, value in fields]
-        if any(_UNSAFE_HEADER.search(line) for line in lines):
-            raise RequestError("a header for upstream holds a control character")
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+            fields = [*fields, ("Proxy-Authorization", self.proxy_authorization())]
+        if _UNSAFE_HEADER.search("".join(itertools.chain.from_iterable(fields))):
+            raise ConfigError("a header to add upstream holds a control character")
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+        return Way(self.selector.rstrip("/"), lines)
 
 
 class HTTPUpstream(Upstream):
     """The Messages API at `url`, or any gateway that speaks it.
 
     `extra_headers` go with every request (for a corporate gateway). Proxies come from the
-    environment, as urllib reads it; never for a loopback upstream.
+    environment, as urllib reads it; never for a loopback upstream. A request that finds its
+    connection closed is sent again, on a new one, only if not a byte of an answer had come.
     """
 
     def __init__(
@@ -5325,21 +5336,35 @@ class HTTPUpstream(Upstream):
         self._extra_headers = list(extra_headers)
         if context is None and self.url.startswith("https:"):
             context = ssl.create_default_context()
-        self._handler = PooledHandler(limits, context)
+        self._idle = IdleConnections()
         self._opener = (
             urllib.request.OpenerDirector()
         )  # without its redirect, file: and ftp: handlers
         proxies = proxies_for(self.url)
         if proxies:
             self._opener.add_handler(urllib.request.ProxyHandler(proxies))
-        self._opener.add_handler(self._handler)
+        self._opener.add_handler(ConnectingHandler(limits, context, self._idle))
+
+    def _connected(self) -> UpstreamConnection:
+        connection: Any = self._opener.open(UpstreamCall(self.url, self._extra_headers))
+        assert isinstance(connection, UpstreamConnection)
+        return connection
 
     def begin(self, request: UpstreamRequest, connects: bool) -> Optional[UpstreamConnection]:
-        headers = [*request.headers, *self._extra_headers]
-        call = UpstreamCall(self.url, request._replace(headers=headers), connects)
-        connection: Any = self._opener.open(call)
-        assert connection is None or isinstance(connection, UpstreamConnection)
-        return connection
+        taken = None if request.fresh else self._idle.taken()
+        while taken or connects:
+            connection, taken = taken or self._connected(), None
+            try:
+                connection.begin(request)
+                return connection
+            except OSError as error:
+                connection.drop()
+                if not (connection.used and isinstance(error, STALE)):
+                    raise UpstreamCutError(f"no answer from upstream: {error}") from None
+            except BaseException:
+                connection.drop()
+                raise
+        return None
 
     def send(self, request: UpstreamRequest) -> UpstreamResponse:
         """Return the head of the answer; a ShimError when there is none, ClientGone on hang-up."""
@@ -5358,7 +5383,7 @@ class HTTPUpstream(Upstream):
                 raise
 
     def close(self) -> None:
-        self._handler.close_all()
+        self._idle.close_all()
 
 
 def proxies_for(url: str) -> Dict[str, str]:
@@ -6358,12 +6383,20 @@ def openai_headers(headers: HeaderList, now: float) -> HeaderList:
 
 def duration(until: str, now: float) -> str:
     """Return the time from `now` until an RFC 3339 instant as OpenAI writes it, such as 6m0s."""
-    try:
-        seconds = datetime.fromisoformat(until.replace("Z", "+00:00")).timestamp() - now
-    except ValueError:
+    instant = _instant(until)
+    if instant is None:
         return until
+    seconds = instant - now
     minutes, rest = divmod(max(0, math.ceil(seconds)), 60)
     return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+
+
+@functools.lru_cache(maxsize=64)
+def _instant(text: str) -> Optional[float]:
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return None
 
 
 # --- the description of the endpoints
@@ -6742,12 +6775,8 @@ class App:
                     question, stripped = without_thinking(question), True
                 else:
                     model = self._cured(question, model, error, tried)
-        known = self.catalogue.model(model.id)
-        # What was refused of a schema is true of that schema, not of the model.
-        about_schemas = {"strict_tools", "structured_outputs"}
-        model = model._replace(**{field: getattr(known, field) for field in about_schemas})
-        if model != known:
-            self.catalogue.learn(model)
+        if len(tried) > 1:
+            self._learn(model)
         source = response.source
         if draft.annotated:  # server tools may pause the turn
             source = ResumingSource(
@@ -6756,6 +6785,14 @@ class App:
                 lambda body: driven(self._post(request, body, draft.betas), self.upstream).source,
             )
         return Asked(source, response.headers, fitted.changed)
+
+    def _learn(self, model: Model) -> None:
+        """Remember what refusals taught; what was said of a schema is true of that schema alone."""
+        known = self.catalogue.model(model.id)
+        about_schemas = ("strict_tools", "structured_outputs")
+        model = model._replace(**{field: getattr(known, field) for field in about_schemas})
+        if model != known:
+            self.catalogue.learn(model)
 
     @staticmethod
     def _cured(question: JSON, model: Model, error: UpstreamError, tried: Sequence[JSON]) -> Model:
@@ -7445,21 +7482,21 @@ def _http_date(second: int) -> str:
 def response_head(status: int, headers: HeaderList, second: int) -> bytes:
     """Return the bytes of a response head; control characters in values become spaces."""
     phrase = _PHRASES.get(status, "Unknown")
-    fields = [("date", _http_date(second)), *_FOR_BROWSERS, *headers]
-    if _UNSAFE_VALUE.search("".join([value for _, value in fields])):
-        fields = [(name, _UNSAFE_VALUE.sub(" ", value)) for name, value in fields]
-    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
-    return f"HTTP/1.1 {status} {phrase}\r\n{lines}\r\n".encode("latin-1", "replace")
+    if _UNSAFE_VALUE.search("".join([value for _, value in headers])):
+        headers = [(name, _UNSAFE_VALUE.sub(" ", value)) for name, value in headers]
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    top = f"HTTP/1.1 {status} {phrase}\r\ndate: {_http_date(second)}\r\n{_FOR_BROWSERS}"
+    return f"{top}{lines}\r\n".encode("latin-1", "replace")
 
 
 # An answer that a browser shows after all is no page: it is not guessed to be one, runs and loads
 # nothing, is in no frame (X-Frame-Options says less), in no foreign page, and is not kept.
-_FOR_BROWSERS = [
-    ("x-content-type-options", "nosniff"),
-    ("cache-control", "no-store"),
-    ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
-    ("cross-origin-resource-policy", "same-origin"),
-]
+_FOR_BROWSERS = (
+    "x-content-type-options: nosniff\r\n"
+    "cache-control: no-store\r\n"
+    "content-security-policy: default-src 'none'; frame-ancestors 'none'\r\n"
+    "cross-origin-resource-policy: same-origin\r\n"
+)
 _PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
 _UNSAFE_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -8685,8 +8722,8 @@ class Server(http.server.ThreadingHTTPServer):
             raise  # which socketserver takes for nothing to do
 
     def _close_idlest(self) -> None:
-        idle = (connection for connection in self.connections if connection.idle)
-        for connection in itertools.islice(idle, 16):
+        idle = [connection for connection in self.connections if connection.idle]
+        for connection in idle[:16]:
             connection.close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
