@@ -3556,9 +3556,8 @@ class Known(NamedTuple):
     key: bytes = b""  # of the envelopes
     thinking: Callable[[str], List[JSON]] = lambda call_id: []  # that came before a call
     item: Callable[[str], Optional[JSON]] = lambda item_id: None
-    history: Callable[[str], Optional[List[JSON]]] = lambda response_id: (
-        None
-    )  # up to and with a response
+    # All items up to and with a response:
+    history: Callable[[str], Optional[List[JSON]]] = lambda response_id: None
 
 
 class CalledAs(NamedTuple):
@@ -3588,8 +3587,9 @@ class ResponsesDraft(Draft):
     def add_name(self, called: CalledAs) -> str:
         """Return the name for a tool that is as upstream takes it; a namespace comes first."""
         name = _flat_name(called.name, called.namespace)
-        while self.called_as.get(safe_name(name), called)[1:] != called[1:]:
-            name += "_"  # a tool of the very name that a namespace makes
+        if self.called_as.get(safe_name(name), called)[1:] != called[1:]:
+            # There is a tool of the very name that the namespace makes.
+            name = safe_name(f"{called.namespace}/{called.name}")
         self.called_as[safe_name(name)] = called
         self.upstream_names[called.namespace, called.name] = safe_name(name)
         return name
@@ -3702,7 +3702,8 @@ ItemReader = Callable[[ResponsesDraft, JSON, str], None]
 def _items(draft: ResponsesDraft, value: Any, path: str) -> None:
     given = [{"role": "user", "content": value}] if isinstance(value, str) else value
     for number, item in enumerate(as_list(given, path)):
-        whole = _dereferenced(draft, as_object(item, f"{path}.{number}"), path)
+        where = f"{path}.{number}"
+        whole = _dereferenced(draft, as_object(item, where), where)
         draft.items.extend([_full_message(whole)] if whole else [])
     items = [*draft.history, *draft.items]
     for number, item in enumerate(items):
@@ -3729,9 +3730,9 @@ def _dereferenced(draft: ResponsesDraft, item: JSON, path: str) -> Optional[JSON
     id = as_text(item.get("id"), f"{path}.id")
     found = draft.known.item(id)
     if found is None and not id.startswith("rs_"):
-        raise NotStoredError(f"Item with id '{id[:100]}' not found.", param=path)
+        raise NotStoredError(f"Item with id '{id[:100]}' not found.", param="input")
     if found is None:
-        draft.ignore(f"{path}.item_reference")
+        draft.ignore("input.item_reference")
     return found
 
 
@@ -3779,12 +3780,11 @@ def _reasoning_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
 def _call_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
     custom = item.get("type") == "custom_tool_call"
     given = {"input": item.get("input")} if custom else item.get("arguments")
-    name, namespace = item.get("name", "tool_search"), str(item.get("namespace") or "")
-    flat = _flat_name(as_text(name, f"{path}.name"), namespace)
+    name, namespace = as_text(item.get("name"), f"{path}.name"), str(item.get("namespace") or "")
     block = {
         "type": "tool_use",
         "id": safe_name(as_text(item.get("call_id"), f"{path}.call_id") or "call"),
-        "name": draft.upstream_names.get((namespace, str(name)), safe_name(flat)),
+        "name": draft.upstream_names.get((namespace, name), safe_name(_flat_name(name, namespace))),
         "input": tool_input(given),
     }
     draft.turns.append(("assistant", [block]))
@@ -3803,7 +3803,7 @@ def _search_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
     if item.get("call_id") is None:
         draft.ignore(f"input.{item['type']}")
     elif item["type"] == "tool_search_call":
-        _call_item(draft, item, path)
+        _call_item(draft, {**item, "name": "tool_search"}, path)
     else:
         _output_item(draft, item, path)
 
@@ -3889,7 +3889,7 @@ def _reasoning_field(draft: ResponsesDraft, value: Any, path: str) -> None:
 
 def _text_field(draft: ResponsesDraft, value: Any, path: str) -> None:
     text = as_object(value, path)
-    if text.get("format") is not None:
+    if text.get("format") is not None and not draft.compacts:  # a summary has none
         output_format(draft, text["format"], f"{path}.format")
     if text.get("verbosity") not in (None, "medium"):
         draft.ignore(f"{path}.verbosity")
@@ -4024,19 +4024,15 @@ def messages_request_from_responses(
     if not any(blocks for _, blocks in draft.turns):
         raise RequestError("expected at least one message with content", param="input")
     if draft.compacts:
-        _ask_for_summary(draft)
-    elif draft.request.get("tool_choice", {}).get("type") in ("any", "tool") and draft.json_schema:
+        draft.turns.append(("user", text_block(SUMMARISE)))
+        draft.require_tools({"type": "none"})
+    elif draft.json_schema and draft.request.get("tool_choice", {}).get("type") in ("any", "tool"):
         # instructor sends the same schema as text format and as forced tool: the call must win.
-        draft.request["output_config"].pop("format")
+        config = draft.request.pop("output_config")
+        kept = {name: value for name, value in config.items() if name != "format"}
+        draft.request.update({"output_config": kept} if kept else {})
         draft.ignore("text.format")
     return draft
-
-
-def _ask_for_summary(draft: ResponsesDraft) -> None:
-    draft.turns.append(("user", text_block(SUMMARISE)))
-    draft.require_tools({"type": "none"})
-    draft.request.get("output_config", {}).pop("format", None)
-    draft.json_object = False
 
 
 # --- answers
@@ -4101,6 +4097,11 @@ INCOMPLETE = {
 }
 
 
+def _last_status(message: JSON) -> str:
+    """The status of a message's last item: only that can have been cut off."""
+    return "incomplete" if str(message.get("stop_reason")) in INCOMPLETE else "completed"
+
+
 def _finished(reply: ResponsesReply, message: JSON, output: List[JSON]) -> JSON:
     reason = INCOMPLETE.get(str(message.get("stop_reason")))
     fields: JSON = {"model": message.get("model") or reply.model}
@@ -4121,8 +4122,7 @@ def response_from_message(message: JSON, reply: ResponsesReply) -> JSON:
         else:
             kind = _item_kind(block, reply)
             items.extend([kind(len(items), block, reply)] if kind else [])
-    last = "incomplete" if message.get("stop_reason") in INCOMPLETE else "completed"
-    statuses = [*("completed" for _ in items[1:]), last]
+    statuses = [*("completed" for _ in items[1:]), _last_status(message)]
     output = [item.whole(status) for item, status in zip(items, statuses)]
     return _finished(reply, message, _with_summary(output, reply))
 
@@ -4492,9 +4492,8 @@ class ResponsesStreamEncoder(EventSink):
         code = detail["code"] or ("invalid_prompt" if status == 400 else "server_error")
         told = {"code": code, "message": detail["message"]}
         failed = _response(self._reply, "failed", self._output, error=told)
-        return self._told([("error", {"error": {**detail, "code": code}})]) + self._told(
-            [("response.failed", {"response": failed})]
-        )
+        events = [("error", {"error": {**detail, "code": code}})]
+        return self._told([*events, ("response.failed", {"response": failed})])
 
     # Events
 
@@ -4579,8 +4578,7 @@ class ResponsesStreamEncoder(EventSink):
         if message is None:
             raise UpstreamCutError("upstream ended an answer that had not begun")
         refused = b"".join(self._begun(block) for block in _refusal(message, self._reply))
-        cut = message.get("stop_reason") in INCOMPLETE
-        closed = self._closed("incomplete" if cut else "completed")
+        closed = self._closed(_last_status(message))
         response = _finished(self._reply, message, _with_summary(self._output, self._reply))
         self.complete = True
         self._remember(message, response)
@@ -7145,13 +7143,11 @@ class ResponseStore:
 
     def _forget(self, database: sqlite3.Connection) -> None:
         oldest = (self._clock() - self._hours * 3600,)
-        gone = database.execute("DELETE FROM responses WHERE used < ?", oldest).rowcount
+        database.execute("DELETE FROM responses WHERE used < ?", oldest)
         query = "SELECT sum(bytes) FROM responses"
         while (database.execute(query).fetchone()[0] or 0) > self.max_bytes:
             first = "(SELECT rowid FROM responses ORDER BY used LIMIT 1)"
-            gone += database.execute(f"DELETE FROM responses WHERE rowid = {first}").rowcount
-        if gone:
-            database.execute("DELETE FROM items WHERE response NOT IN (SELECT id FROM responses)")
+            database.execute(f"DELETE FROM responses WHERE rowid = {first}")
 
 
 def _with_tables(database: sqlite3.Connection) -> sqlite3.Connection:
@@ -7171,6 +7167,10 @@ CREATE TABLE IF NOT EXISTS responses (
 );
 CREATE INDEX IF NOT EXISTS responses_by_use ON responses (used, bytes);
 CREATE TABLE IF NOT EXISTS items (owner TEXT, id TEXT, response TEXT, PRIMARY KEY (owner, id));
+CREATE INDEX IF NOT EXISTS items_by_response ON items (owner, response);
+CREATE TRIGGER IF NOT EXISTS items_go AFTER DELETE ON responses BEGIN
+    DELETE FROM items WHERE owner = OLD.owner AND response = OLD.id;
+END;
 """
 
 
@@ -7396,8 +7396,20 @@ _RELAYED_TO_CLIENT = re.compile(
     r"anthropic-.*|request-id|retry-after|retry-after-ms|x-should-retry|content-type|content-disposition"
     r"|x-claude-shim-billing"
 )
-# Codex sends a request again, six times in all, on these; a 400 it believes.
+# Codex sends a request six times in all on these; a 400 it believes.
 CODEX_REPEATS = {404: 400, 413: 400, 422: 400}
+
+
+def responses_status(status: int, body: JSON, headers: HeaderList, client: Dict[str, str]) -> int:
+    """Return the status of an error of POST /v1/responses that Codex repeats no more than it must.
+
+    It knows no x-should-retry, and sends a request thirty times on a 5xx other than overload.
+    """
+    final = ("x-should-retry", "false") in headers and client.get("originator", "")[:5] == "codex"
+    if final and status >= 500 and body["error"]["code"] != "server_is_overloaded":
+        return 400
+    return CODEX_REPEATS.get(status, status)
+
 
 _RATE_LIMITS = re.compile(r"anthropic-ratelimit-(requests|tokens)-(limit|remaining|reset)")
 
@@ -7667,7 +7679,7 @@ class App:
         else:
             status, body = openai_error(error)
             if request.method == "POST" and normalised_path(request.path) == "/v1/responses":
-                status = CODEX_REPEATS.get(status, status)
+                status = responses_status(status, body, headers, request.headers)
             spent = status == 429 and all(name != "retry-after" for name, _ in headers)
             if spent:  # a limit on spending: trying again is in vain
                 headers.append(("x-should-retry", "false"))

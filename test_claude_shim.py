@@ -8906,7 +8906,7 @@ def test_responses_compaction_trigger_asks_for_a_summary() -> None:
     draft = drafted(body)
     assert draft.compacts
     expected = {**SUMMARISED, "tools": [tool("f")], "tool_choice": {"type": "none"}}
-    assert {**draft.finished(), "system": 0} == {**expected, "system": 0}
+    assert (draft.finished(), draft.json_object) == (expected, False)
 
 
 FUNCTION: JSON = flat(
@@ -8970,8 +8970,8 @@ RESPONSE_TOOLS = [
             {"type": "namespace", "name": "ns", "tools": [flat("g")]},
             flat("ns__g"),
         ],
-        [tool("ns__g"), tool("ns__g_")],
-        {"ns__g": ("function_call", "ns__g", ""), "ns__g_": ("function_call", "g", "ns")},
+        [tool("ns__g"), tool("ns_g_702b368e")],
+        {"ns__g": ("function_call", "ns__g", ""), "ns_g_702b368e": ("function_call", "g", "ns")},
     ),
     case(
         "the same namespace twice is the same tool",
@@ -9036,7 +9036,9 @@ def test_responses_history_calls_a_tool_by_the_name_that_it_has_now() -> None:
     space = {"type": "namespace", "name": "ns", "tools": [flat("g")]}
     items = [in_call("t1", name="g", namespace="ns"), in_call("t2", name="ns__g")]
     draft = drafted(asks(GREETING, *items, tools=[space, flat("ns__g")]))
-    assert draft.finished()["messages"][1] == assistant(use("t1", "ns__g_"), use("t2", "ns__g"))
+    assert draft.finished()["messages"][1] == assistant(
+        use("t1", "ns_g_702b368e"), use("t2", "ns__g")
+    )
 
 
 TWO_TOOLS = [flat("f"), {"type": "namespace", "name": "ns", "tools": [flat("g")]}]
@@ -9245,7 +9247,13 @@ RESPONSES_REFUSED = [
         "input.0.call_id",
         "string",
     ),
-    case("a call without name", {"input": [{"type": "function_call", "call_id": "t"}]}, None, ""),
+    case(
+        "a call without name",
+        {"input": [{"type": "function_call", "call_id": "t"}]},
+        "input.0.name",
+        "string",
+    ),
+    case("an item that says nothing", {"input": [{}]}, "input.0.id", "string"),
     case("in the background", {"background": True}, "background", "stream instead"),
     case("a conversation", {"conversation": "conv_1"}, "conversation", "previous_response_id"),
     case("a stored prompt", {"prompt": {"id": "pmpt_1"}}, "prompt", "stores no prompts"),
@@ -9289,13 +9297,9 @@ RESPONSES_REFUSED = [
 
 
 @pytest.mark.parametrize(("fields", "param", "reason"), RESPONSES_REFUSED)
-def test_responses_refused(fields: JSON, param: Optional[str], reason: str) -> None:
-    body = {**asks(GREETING), **fields}
-    if param is None:  # OpenAI's own searches for tools have no name, and are called so
-        assert drafted(body).finished()["messages"][1] == assistant(use("t", "tool_search"))
-        return
+def test_responses_refused(fields: JSON, param: str, reason: str) -> None:
     with pytest.raises(shim.RequestError) as caught:
-        drafted(body)
+        drafted({**asks(GREETING), **fields})
     assert caught.value.param == param
     assert reason in caught.value.message
 
@@ -10297,6 +10301,21 @@ def test_response_remembers_its_message_once_and_leaves_events_alone(
     assert [response for _, response in told] == [last["response"]]
     assert told[0][0]["id"] == "msg_01"
     assert json.dumps(playbook.events()) == before
+
+
+def test_response_of_an_upstream_that_sends_nonsense_ends_in_order() -> None:
+    """Each member of each event spoiled: the stream ends as one can, and nothing is raised."""
+    (playbook,) = (p.values[0] for p in RESPONSE_PLAYBOOKS if "and one message of" in str(p.id))
+    events = playbook.events()
+    ends = {"response.completed", "response.incomplete", "response.failed"}
+    for number, given in enumerate(events):
+        for wrong in (value for value in spoiled(given) if isinstance(value, dict)):
+            spoilt = [*events[:number], wrong, *events[number + 1 :]]
+            raw = b"".join(b"data: %b\n\n" % json.dumps(one).encode() for one in spoilt)
+            transform = playbook.transform()
+            made = chunks(transform.feed(raw) + transform.end())
+            assert made[-1]["type"] in ends, wrong
+            assert [e["sequence_number"] for e in made] == list(range(len(made)))
 
 
 def test_response_splices_text_as_it_stands() -> None:
@@ -14854,6 +14873,42 @@ def test_responses_refusals_are_not_repeated_by_codex(
     with closing_app(upstream) as (app, _):
         response = respond(app, {"input": "hi", **fields})
     assert (response.status, json.loads(response.body)["error"]["code"]) == (status, code)
+
+
+@pytest.mark.parametrize(
+    ("failure", "client", "status"),
+    [
+        case(
+            "a time-out, for Codex",
+            shim.UpstreamTimeoutError("x"),
+            {"originator": "codex_exec"},
+            400,
+        ),
+        case("a time-out, for others", shim.UpstreamTimeoutError("x"), {}, 504),
+        case(
+            "no connection: Codex may try",
+            shim.UpstreamUnreachableError("x"),
+            {"originator": "codex_exec"},
+            502,
+        ),
+        case(
+            "overload: Codex tries five times",
+            refused(529, "overloaded_error", "x", x_should_retry="false"),
+            {"originator": "codex_exec"},
+            503,
+        ),
+        case(
+            "a failure that trying again did not mend",
+            refused(500, "api_error", "x", x_should_retry="false"),
+            {"originator": "codex_exec"},
+            400,
+        ),
+    ],
+)
+def test_responses_that_are_final_are_so_for_codex(failure: Any, client: Any, status: int) -> None:
+    """It ignores x-should-retry, and would ask thirty times."""
+    with closing_app(failure) as (app, _):
+        assert ask(app, RESPONSES, {"model": OPUS, "input": "hi"}, **client).status == status
 
 
 def test_responses_name_what_had_no_effect() -> None:
