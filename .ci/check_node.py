@@ -1,0 +1,211 @@
+"""Node's clients against the shim: the Vercel AI SDK by each of its providers, and openai-node."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from typing import Any
+
+from harness import (
+    JSON,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    THINKING_TOKENS,
+    calls,
+    check,
+    each,
+    finished,
+    folders,
+    node,
+    run,
+    same,
+    upstream,
+)
+
+SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "node_clients.mjs")
+APIS = ("responses", "chat", "compatible", "anthropic")
+BOTH = ("generate", "stream")
+HIGH = {"reasoningEffort": "high", "reasoningSummary": "auto", "forceReasoning": True}
+THINKING = {"thinking": {"type": "adaptive", "display": "summarized"}}
+
+
+def does(task: str, **given: Any) -> Any:
+    """What node_clients.mjs prints of the task."""
+    with folders() as (home, work):
+        done = finished([node(), SCRIPT, task, json.dumps(given)], home, work)
+    assert done.status == 0, done.err
+    return json.loads(done.out)
+
+
+def roles(body: JSON) -> list[str]:
+    return [message["role"] for message in body["messages"]]
+
+
+def kinds(body: JSON) -> list[list[str]]:
+    """The types of the blocks of each assistant turn."""
+    turns = [m["content"] for m in body["messages"] if m["role"] == "assistant"]
+    return [[block["type"] for block in turn] for turn in turns]
+
+
+# --- Vercel AI SDK --------------------------------------------------------------------------------
+
+
+@check("Vercel: text and usage, generated and streamed, by each provider")
+def text() -> None:
+    each(itertools.product(APIS, BOTH), one_text, at_once=2)
+
+
+def one_text(row: Any) -> None:
+    api, task = row
+    done = does(task, api=api, prompt="hello \u2028\u00e9")
+    same((done["text"], done["finishReason"]), ("echo: hello \u2028\u00e9", "stop"))
+    usage = done["usage"]
+    same((usage["inputTokens"], usage["outputTokens"]), (PROMPT_TOKENS, OUTPUT_TOKENS))
+    same(usage["inputTokenDetails"]["cacheReadTokens"], 8000)
+
+
+@check("Vercel: a tool loop of three rounds, two calls at a time, by each provider")
+def tools() -> None:
+    each(itertools.product(APIS, BOTH), one_loop, at_once=2)
+
+
+def one_loop(row: Any) -> None:
+    api, task = row
+    prompt = f"[[tools-parallel x3]] go {api} {task}"
+    done = does(task, api=api, prompt=prompt, use=["get_weather", "get_time"])
+    same(done["calls"], ["get_weather", "get_time"] * 3)
+    same(done["text"], "results: " + "; ".join(["sunny in 13", "noon"] * 3))
+    requests = upstream.told(f"go {api} {task}")
+    same(kinds(requests[-1].body), [["text", "tool_use", "tool_use"]] * 3)
+    same([len(r.body["messages"]) for r in requests], [1, 3, 5, 7])
+
+
+@check("Vercel: reasoning is shown and goes back signed, stored or not")
+def reasoning() -> None:
+    rows = [("responses", {**HIGH, "store": False}), ("responses", HIGH), ("anthropic", THINKING)]
+    each(itertools.product(rows, BOTH), one_reasoning, at_once=2)
+
+
+def one_reasoning(row: Any) -> None:
+    (api, provider), task = row
+    told = f"{api} {task} {'store' in provider}"
+    prompt = f"[[thinking redacted]] [[tool x3]] {told}"
+    done = does(task, api=api, prompt=prompt, use=["get_weather"], provider=provider)
+    same(done["text"], "results: " + "; ".join(["sunny in 13"] * 3))
+    assert done["reasoning"].startswith("Let me think"), done["reasoning"]
+    signed = ["thinking", "redacted_thinking", "tool_use"]
+    same(kinds(upstream.told(told)[-1].body), [signed] * 3)
+    same(done["usage"]["outputTokenDetails"]["reasoningTokens"], 4 * THINKING_TOKENS)
+
+
+@check("Vercel: the messages of one run go on in the next, as item references or whole")
+def references() -> None:
+    for provider in (HIGH, {**HIGH, "store": False}, {}):
+        asked = {"role": "user", "content": "[[thinking]] [[tool x2]] one"}
+        fields: Any = {"api": "responses", "use": ["get_weather"], "provider": provider}
+        first = does("generate", messages=[asked], **fields)
+        after = [asked, *first["messages"], {"role": "user", "content": "two"}]
+        second = does("stream", messages=after, **fields)
+        same(second["text"], "echo: two", str(provider))
+        same(roles(upstream.last.body), ["user", "assistant"] * 3 + ["user"], str(provider))
+        last = upstream.last.body["messages"]
+        same([b["text"] for b in last[5]["content"] if b["type"] == "text"],
+             ["results: sunny in 13; sunny in 13"])  # fmt: skip
+
+
+@check("Vercel: generateObject and streamObject, by each provider")
+def objects() -> None:
+    each(itertools.product(APIS, ("object", "objectStream")), one_object, at_once=2)
+
+
+def one_object(row: Any) -> None:
+    api, task = row
+    model = "claude-opus-4-6" if api == "compatible" else "claude-sonnet-5-5"
+    mark = "[[json]]" if api == "compatible" else "somebody"
+    done = does(task, api=api, prompt=f"{mark} {api} {task}", model=model)
+    if api == "compatible":  # it asks for json_object: the words of the fake fit no schema
+        return same(done["error"]["name"], "AI_NoObjectGeneratedError")
+    same((done["object"]["age"], sorted(done["object"])), (3, ["age", "name", "nick"]))
+    schema = upstream.told(f"{api} {task}")[-1].body["output_config"]["format"]["schema"]
+    return same(sorted(schema["properties"]), ["age", "name", "nick"])
+
+
+@check("Vercel: a custom tool with a grammar")
+def custom_tool() -> None:
+    code = "print(1)\n\u2028"
+    for task in BOTH:
+        prompt = "go " + calls([("run_code", {"input": code})])
+        done = does(task, api="responses", prompt=prompt, use=["run_code"])
+        same((done["calls"], done["text"]), (["run_code"], "results: ran 10"))
+        same(kinds(upstream.last.body), [["tool_use"]])
+        same(upstream.last.body["messages"][1]["content"][0]["input"], {"input": code})
+
+
+@check("Vercel: web search is Claude's own, its citations are sources")
+def web_search() -> None:
+    for task in BOTH:
+        done = does(task, api="responses", prompt="[[citations]] weather", use=["web_search"])
+        same((done["urls"], done["finishReason"]), (["https://w.example"], "stop"), task)
+        same(done["text"], "I look it up. 21C.", task)
+
+
+@check("Vercel: errors keep their status, a stream that breaks off is an error")
+def errors() -> None:
+    marks = ("error 400 scripted", "error 429", "error-midstream", "cut", "cut-clean")
+    each(itertools.product(APIS, marks), one_error, at_once=2)
+
+
+def one_error(row: Any) -> None:
+    api, mark = row
+    done = does("stream", api=api, prompt=f"[[{mark}]] a longer text")
+    assert "error" in done, done
+    if mark.startswith("error "):
+        same(done["error"].get("status"), int(mark.split()[1]))
+
+
+# --- openai-node ----------------------------------------------------------------------------------
+
+FUNCTION = {"type": "function", "name": "get_weather", "strict": True,
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}},
+                           "required": ["city"], "additionalProperties": False}}  # fmt: skip
+
+
+@check("openai-node: responses.stream with reasoning, two calls and a result")
+def helper() -> None:
+    asked = {"role": "user", "content": "[[thinking]] [[tools-parallel]] go"}
+    body: JSON = {"input": [asked], "tools": [FUNCTION], "store": False,
+                  "reasoning": {"effort": "low", "summary": "auto"}}  # fmt: skip
+    first = does("helper", body=body)["response"]
+    same([item["type"] for item in first["output"]],
+         ["reasoning", "message", "function_call", "function_call"])  # fmt: skip
+    found = [i["call_id"] for i in first["output"] if i["type"] == "function_call"]
+    results = [{"type": "function_call_output", "call_id": i, "output": "sunny"} for i in found]
+    body["input"] = [asked, *first["output"], *results]
+    second = does("helper", body=body)
+    same(second["response"]["output_text"], "results: sunny; sunny")
+    same(second["kinds"][0], "response.created")
+    same(second["kinds"][-1], "response.completed")
+    same(kinds(upstream.last.body), [["thinking", "text", "tool_use", "tool_use"]])
+
+
+@check("openai-node: responses.create and chat.completions.stream")
+def create() -> None:
+    same(does("create", body={"input": "hello"})["response"]["output_text"], "echo: hello")
+    asked = {"role": "user", "content": "[[tools-parallel]] go"}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    done = does("chatHelper", body={"messages": [asked], "tools": [tool]})
+    choice = done["completion"]["choices"][0]
+    same([c["function"]["name"] for c in choice["message"]["tool_calls"]], ["f", "f"])
+
+
+@check("openai-node: a stream that breaks off raises")
+def broken() -> None:
+    for mark in ("error-midstream", "cut", "cut-clean"):
+        done = does("helper", body={"input": f"[[{mark}]] a longer text"})
+        same(done.get("error", {}).get("name"), "Error", f"{mark}: {done}")
+
+
+if __name__ == "__main__":
+    sys.exit(run("node"))
