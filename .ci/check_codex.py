@@ -1,0 +1,251 @@
+"""Codex against the shim: `codex exec` works in a scratch folder, over /v1/responses."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness import (
+    JSON,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    SHIM,
+    Done,
+    calls,
+    check,
+    finished,
+    folders,
+    node,
+    node_module,
+    run,
+    same,
+    shim,
+    translated,
+    upstream,
+)
+
+CODEX = (node(), node_module("@openai", "codex", "bin", "codex.js"))
+CONFIG = """\
+model = "{model}"
+model_provider = "claude_shim"
+{more}
+[model_providers.claude_shim]
+name = "claude_shim"
+base_url = "{url}/v1"
+wire_api = "responses"
+experimental_bearer_token = "anything"
+model_catalog_url = "{url}/v1/models"
+"""
+PATCH = """\
+*** Begin Patch
+*** Update File: notes.txt
+@@
+-line one
++line two \u00e9\U0001f600
+*** End Patch
+"""
+
+
+def configure(home: str, url: str = SHIM, model: str = "claude-sonnet-5-5", more: str = "") -> None:
+    os.makedirs(Path(home, ".codex"), exist_ok=True)
+    config = CONFIG.format(url=url, model=model, more=more)
+    Path(home, ".codex", "config.toml").write_text(config, encoding="utf-8")
+
+
+def codex(prompt: str, home: str, work: str, *options: str, command: str = "exec") -> Done:
+    flags = ("--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--json")
+    return finished([*CODEX, *command.split(), *flags, *options, prompt], home, work)
+
+
+def items(done: Done) -> list[JSON]:
+    return [e["item"] for e in done.events if e["type"] == "item.completed"]
+
+
+def said(done: Done) -> str:
+    """The last message; complains where there is none."""
+    texts = [item["text"] for item in items(done) if item["type"] == "agent_message"]
+    assert texts, f"{done.status} {done.out[-1500:]} {done.err[-500:]}"
+    return texts[-1]
+
+
+def failure(done: Done) -> str:
+    return str([event for event in done.events if event["type"] == "turn.failed"])
+
+
+def kinds(body: JSON) -> list[list[str]]:
+    """The types of the blocks of each assistant turn."""
+    turns = [m["content"] for m in body["messages"] if m["role"] == "assistant"]
+    return [[block["type"] for block in turn] for turn in turns]
+
+
+@check("a file is read, patched and copied in three turns, with signed thinking")
+def tool_turns() -> None:
+    for model in ("claude-sonnet-5-5", "claude-opus-4-6"):
+        upstream.reset()
+        work_to_do = calls(
+            [("exec_command", {"cmd": "cat notes.txt"})],
+            [("apply_patch", {"input": PATCH})],
+            [("exec_command", {"cmd": "cp notes.txt copy.txt"}),
+             ("exec_command", {"cmd": "cat notes.txt"})],
+        )  # fmt: skip
+        with folders() as (home, work):
+            configure(home, model=model, more='model_reasoning_effort = "high"')
+            notes = Path(work, "notes.txt")
+            notes.write_text("line one\n", encoding="utf-8")
+            done = codex("[[thinking]] go " + work_to_do, home, work)
+            same(said(done)[:9], "results: ")
+            same(notes.read_text(encoding="utf-8"), "line two \u00e9\U0001f600\n")
+            same(Path(work, "copy.txt").read_bytes(), notes.read_bytes())
+        same_client(done)
+        same_upstream()
+
+
+def same_client(done: Done) -> None:
+    """No warning of missing metadata, all that was done, the usage of all turns."""
+    same([item["message"] for item in items(done) if item["type"] == "error"], [])
+    ran = [i for i in items(done) if i["type"] == "command_execution"]
+    same([i["exit_code"] for i in ran], [0, 0, 0])
+    changes = [i["changes"] for i in items(done) if i["type"] == "file_change"]
+    same([[change["kind"] for change in one] for one in changes], [["update"]])
+    assert any(item["type"] == "reasoning" for item in items(done)), done.out
+    usage = done.events[-1]["usage"]
+    same((usage["input_tokens"], usage["output_tokens"]), (4 * PROMPT_TOKENS, 4 * OUTPUT_TOKENS))
+    same(usage["cached_input_tokens"], 4 * 8000)
+
+
+def same_upstream() -> None:
+    """Four requests, all blocks of all turns in the last, and the tools that Claude can have."""
+    same(len(upstream.messages), 4)
+    body = upstream.last.body
+    same(kinds(body), [["thinking", "tool_use"]] * 2 + [["thinking", "tool_use", "tool_use"]])
+    same(body["output_config"]["effort"], "high")
+    tools = {tool["name"]: tool for tool in body["tools"]}
+    assert {"exec_command", "write_stdin", "apply_patch", "view_image"} <= set(tools), set(tools)
+    same([t for t in tools if "web_search" in t], [], "Codex asked for cached pages only")
+    assert "begin_patch" in tools["apply_patch"]["description"], tools["apply_patch"]
+    patched = [b["input"] for m in body["messages"] if m["role"] == "assistant"
+               for b in m["content"] if b.get("name") == "apply_patch"]  # fmt: skip
+    same(patched, [{"input": PATCH}])
+
+
+@check("a tool in a namespace is called, and answers")
+def namespace() -> None:
+    with folders() as (home, work):
+        configure(home)
+        name = "multi_agent_v1__close_agent"
+        done = codex("go " + calls([(name, {"target": "nobody"})]), home, work)
+    assert said(done).startswith("results: "), done.out
+    assert "unsupported" not in done.out + done.err, done.out + done.err
+
+
+@check("resume: the conversation goes on with its signed thinking")
+def resume() -> None:
+    with folders() as (home, work):
+        configure(home)
+        reads = calls([("exec_command", {"cmd": "cat notes.txt"})])
+        Path(work, "notes.txt").write_text("line one\n", encoding="utf-8")
+        codex("[[thinking]] one " + reads, home, work)
+        done = codex("two", home, work, "--last", command="exec resume")
+    same(said(done), "echo: two")
+    same(kinds(upstream.last.body), [["thinking", "tool_use"], ["thinking", "text"]])
+
+
+@check("--output-schema: the answer fits it")
+def output_schema() -> None:
+    properties = {"n": {"type": "integer"}, "word": {"type": "string"}}
+    schema = {"type": "object", "properties": properties, "required": ["n", "word"],
+              "additionalProperties": False}  # fmt: skip
+    with folders() as (home, work):
+        configure(home)
+        Path(work, "schema.json").write_text(json.dumps(schema), encoding="utf-8")
+        done = codex("go", home, work, "--output-schema", "schema.json")
+    same(json.loads(said(done))["n"], 3)
+    same(upstream.last.body["output_config"]["format"]["schema"]["required"], ["n", "word"])
+
+
+@check("live web search is Claude's own")
+def web_search() -> None:
+    with folders() as (home, work):
+        configure(home, more='web_search = "live"')
+        done = codex("[[citations]] weather", home, work)
+    same(said(done), "I look it up. 21C.")
+    assert any(item["type"] == "web_search" for item in items(done)), done.out
+    assert "web_search" in [tool["name"] for tool in upstream.last.body["tools"]]
+
+
+@check("compaction: Codex's own summary, in place of the history")
+def local_compaction() -> None:
+    with folders() as (home, work):
+        configure(home)
+        Path(work, "notes.txt").write_text("line one\n", encoding="utf-8")
+        codex("[[thinking]] one " + calls([("exec_command", {"cmd": "cat notes.txt"})]), home, work)
+        configure(home, more="model_auto_compact_token_limit = 5000")
+        done = codex("two", home, work, "--last", command="exec resume")
+    same(said(done)[-3:], "two")
+    summary, after = (r.body for r in upstream.messages[-2:])
+    assert "tool_use" in sum(kinds(summary), []), "the history was still there"
+    same(kinds(after), [], "and is not any more")
+
+
+@check("compaction: by the shim, for Codex's built-in provider; and no WebSocket")
+def remote_compaction() -> None:
+    with folders() as (home, work):
+        config = Path(home, ".codex", "config.toml")
+        os.mkdir(config.parent)
+        plain = f'model = "claude-sonnet-5-5"\nopenai_base_url = "{SHIM}/v1"\n'
+        config.write_text(plain, encoding="utf-8")
+        variables = {"OPENAI_API_KEY": "anything", "CODEX_API_KEY": "anything"}
+        os.environ.update(variables)
+        try:
+            same(said(codex("one", home, work)), "echo: one")
+            config.write_text(plain + "model_auto_compact_token_limit = 5000\n", encoding="utf-8")
+            done = codex("two", home, work, "--last", command="exec resume")
+        finally:
+            for name in variables:
+                del os.environ[name]
+    same(said(done)[-3:], "two")
+    same(len(upstream.messages), 3)
+
+
+FAULTS = (
+    # mark, words that the user sees, requests upstream at most
+    ("error 400 a scripted refusal", "a scripted refusal", 1),
+    ("error 400 prompt is too long: 5 tokens > 4 maximum", "ran out of room", 1),
+    ("error 402", "Quota exceeded", 1),
+    ("error 529", "at capacity", 5),
+    ("max_tokens", "max_output_tokens", 1),
+)
+
+
+@check("faults: the user is told, and no retries are burnt")
+def faults() -> None:
+    with shim("--retries", "0") as url, folders() as (home, work):
+        configure(home, url)
+        for mark, words, most in FAULTS:
+            upstream.reset()
+            done = codex(f"[[{mark}]] hi", home, work)
+            assert words in failure(done) + done.out, (mark, done.out[-1500:])
+            assert 1 <= len(upstream.messages) <= most, (mark, len(upstream.messages))
+
+
+@check("a refusal is shown once; a stream that breaks off is tried again, and never an answer")
+def endings() -> None:
+    with folders() as (home, work):
+        configure(home)
+        said_so: Any = said(codex("[[refusal]] hi", home, work))
+        assert "declined" in said_so, said_so
+        same(len(upstream.messages), 1)
+        configure(home, more="", model="claude-opus-5-5")
+        config = Path(home, ".codex", "config.toml")
+        text = config.read_text(encoding="utf-8") + "stream_max_retries = 1\n"
+        config.write_text(text, encoding="utf-8")
+        for mark in ("cut", "error-midstream"):
+            done = codex(f"[[{mark}]] a longer text", home, work)
+            assert failure(done) != "[]" and done.status != 0, done.out[-1500:]
+
+
+if __name__ == "__main__":
+    sys.exit(run("codex", translated))
