@@ -438,8 +438,9 @@ def later_tools() -> None:
         (call,) = answer.output
         same((call.type, call.execution, call.arguments), ("tool_search_call", "client",
                                                            {"query": "maps"}))  # fmt: skip
+    loaded = space("maps", {**WEATHER, "defer_loading": True})
     found = {"type": "tool_search_output", "call_id": call.call_id, "execution": "client",
-             "status": "completed", "tools": [space("maps", {**WEATHER, "defer_loading": True})]}  # fmt: skip
+             "status": "completed", "tools": [loaded]}  # fmt: skip
     same(ask([user(prompt), *dumped([call]), found], tools=[search]).status, "completed")
     same(len(upstream.last.body["tools"]), 2, "what was found can be called")
 
