@@ -26,19 +26,9 @@ from harness import (
     translated,
     upstream,
 )
+from readme import example
 
 CODEX = (node(), node_module("@openai", "codex", "bin", "codex.js"))
-CONFIG = """\
-model = "{model}"
-model_provider = "claude_shim"
-{more}
-[model_providers.claude_shim]
-name = "claude_shim"
-base_url = "{url}/v1"
-wire_api = "responses"
-experimental_bearer_token = "anything"
-model_catalog_url = "{url}/v1/models"
-"""
 FLAGS = ("--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--json")
 RESUMED = ("resume", "--last")
 PATCH = """\
@@ -51,10 +41,12 @@ PATCH = """\
 """
 
 
-def configure(home: str, url: str = SHIM, model: str = "claude-sonnet-5-5", more: str = "") -> None:
-    os.makedirs(Path(home, ".codex"), exist_ok=True)
-    config = CONFIG.format(url=url, model=model, more=more)
-    Path(home, ".codex", "config.toml").write_text(config, encoding="utf-8")
+def configure(home: str, url: str = SHIM, more: str = "") -> Path:
+    """Writes README.md's configuration, after more lines of the top level."""
+    config = Path(home, ".codex", "config.toml")
+    os.makedirs(config.parent, exist_ok=True)
+    config.write_text(f"{more}\n{example('codex', url)}", encoding="utf-8")
+    return config
 
 
 def codex(prompt: str, home: str, work: str, *options: str, **variables: str) -> Done:
@@ -93,10 +85,10 @@ def tool_turns() -> None:
              ("exec_command", {"cmd": "cat notes.txt"})],
         )  # fmt: skip
         with folders() as (home, work):
-            configure(home, model=model, more='model_reasoning_effort = "high"')
+            configure(home, more='model_reasoning_effort = "high"')
             notes = Path(work, "notes.txt")
             notes.write_text("line one\n", encoding="utf-8")
-            done = codex("[[thinking]] go " + work_to_do, home, work)
+            done = codex("[[thinking]] go " + work_to_do, home, work, "--model", model)
             same(said(done)[:9], "results: ")
             same(notes.read_text(encoding="utf-8"), "line two \u00e9\U0001f600\n")
             same(Path(work, "copy.txt").read_bytes(), notes.read_bytes())
@@ -194,8 +186,7 @@ def local_compaction() -> None:
 @check("compaction: by the shim, for Codex's built-in provider; and no WebSocket")
 def remote_compaction() -> None:
     with folders() as (home, work):
-        config = Path(home, ".codex", "config.toml")
-        os.mkdir(config.parent)
+        config = configure(home)
         plain = f'model = "claude-sonnet-5-5"\nopenai_base_url = "{SHIM}/v1"\n'
         config.write_text(plain, encoding="utf-8")
         key = {"CODEX_API_KEY": "anything"}
@@ -234,10 +225,8 @@ def endings() -> None:
         said_so: Any = said(codex("[[refusal]] hi", home, work))
         assert "declined" in said_so, said_so
         same(len(upstream.messages), 1)
-        configure(home, more="", model="claude-opus-5-5")
-        config = Path(home, ".codex", "config.toml")
-        text = config.read_text(encoding="utf-8") + "stream_max_retries = 1\n"
-        config.write_text(text, encoding="utf-8")
+        with open(configure(home), "a", encoding="utf-8") as config:
+            config.write("stream_max_retries = 1\n")
         for mark in ("cut", "error-midstream"):
             done = codex(f"[[{mark}]] a longer text", home, work)
             assert failure(done) != "[]" and done.status != 0, done.out[-1500:]

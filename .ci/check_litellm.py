@@ -10,6 +10,7 @@ from typing import Any
 import litellm
 from harness import OUTPUT_TOKENS, PROMPT_TOKENS, SHIM, TIMEOUT, check, each, run, same, upstream
 from pydantic import BaseModel, Field
+from readme import printed
 from samples import PNG_BASE64
 
 litellm.suppress_debug_info = True
@@ -139,6 +140,11 @@ def one_error(row: Any) -> None:
     except kinds:
         return
     raise AssertionError("no error")
+
+
+@check("README: DSPy, which calls by LiteLLM")
+def dspy_example() -> None:
+    same(printed("dspy"), "Say hello.\n")
 
 
 if __name__ == "__main__":

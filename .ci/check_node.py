@@ -21,8 +21,10 @@ from harness import (
     node,
     run,
     same,
+    shim,
     upstream,
 )
+from readme import example
 
 SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "node_clients.mjs")
 APIS = ("responses", "chat", "compatible", "anthropic")
@@ -163,6 +165,17 @@ def one_error(row: Any) -> None:
     assert "error" in done, done
     if mark.startswith("error "):
         same(done["error"].get("status"), int(mark.split()[1]))
+
+
+@check("README: the Vercel AI SDK")
+def vercel_example() -> None:
+    with folders() as (home, work), shim("--upstream", "echo") as url:
+        os.symlink(os.environ["NODE_MODULES"], os.path.join(work, "node_modules"))
+        path = os.path.join(work, "example.mjs")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(example("vercel", url))
+        done = finished([node(), path], home, work)
+    same((done.out, done.err), ("Say hello.\n", ""))
 
 
 # --- openai-node ----------------------------------------------------------------------------------
