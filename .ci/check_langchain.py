@@ -74,7 +74,12 @@ def text() -> None:
         same(answer.usage_metadata["output_tokens"], OUTPUT_TOKENS)
         same(answer.usage_metadata["input_token_details"]["cache_read"], 8000)
         same(whole_of(model.stream("hello")).text, "echo: hello")
-        same(asyncio.run(model.ainvoke("hello")).text, "echo: hello")
+    same([answer.text for answer in asyncio.run(all_at_once())], ["echo: hello"] * len(EACH))
+
+
+async def all_at_once() -> list[Any]:
+    """An answer by each; in one loop, as LangChain shares the connections of its models."""
+    return await asyncio.gather(*(make().ainvoke("hello") for make in EACH))
 
 
 @check("stream usage is counted once")
@@ -156,8 +161,8 @@ def responses_reasoning() -> None:
         turns = [m["content"] for m in upstream.last.body["messages"] if m["role"] == "assistant"]
         signed = ["thinking", "redacted_thinking", "tool_use"]
         same([[block["type"] for block in turn] for turn in turns], [signed] * 3, str(own))
-        shown = [b["reasoning"] for b in messages[1].content_blocks if b["type"] == "reasoning"]
-        assert shown[0].startswith("Let me think"), shown
+        shown = [b for b in messages[1].content_blocks if b["type"] == "reasoning"]
+        assert shown[0]["reasoning"].startswith("Let me think"), shown
 
 
 @check("Responses: a custom tool is called with its text")

@@ -110,9 +110,10 @@ async def thinking() -> None:
     for api in EACH:
         own: dict[str, Any] = {
             "chat": {"openai_reasoning_effort": "high"},
-            "responses": {"openai_reasoning_effort": "high", "openai_reasoning_summary": "auto"},
+            "responses": {"openai_reasoning_effort": "high", "openai_reasoning_summary": "auto",
+                          "openai_send_reasoning_ids": True},
             "anthropic": {"anthropic_thinking": {"type": "adaptive", "display": "summarized"}},
-        }[api]
+        }[api]  # fmt: skip
         async with model_of(api) as model:
             agent: Agent[Any, str] = Agent(model, model_settings=own)
             with_tools(agent)

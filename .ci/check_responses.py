@@ -339,9 +339,10 @@ def tampered() -> None:
     for bad in (sealing[:middle] + other + sealing[middle + 1 :], "gAAAAABforeign", ""):
         items[0]["encrypted_content"] = bad
         given = [user("[[thinking]] [[tool]] go"), *items, output_of(first.output[-1])]
-        raw = client.responses.with_raw_response.create(
-            model="sonnet", input=given, tools=[WEATHER], store=False
-        )
+        with shim() as url:  # which remembers nothing of that call
+            raw = client_of(url).responses.with_raw_response.create(
+                model="sonnet", input=given, tools=[WEATHER], store=False
+            )
         same(raw.parse().output_text, "results: 18C")
         same(blocks(), [["tool_use"]], bad)
         if bad:
@@ -566,24 +567,25 @@ def one_break(mark: str) -> None:
     fields: Any = {"tools": [WEATHER], "reasoning": HIGH}
     error = raised(lambda: list(ask(given, stream=True, **fields)))
     assert isinstance(error, openai.APIError), repr(error)
-    seen: list[str] = []
+    lines: list[str] = []
     request = client.responses.with_streaming_response.create(
         model="sonnet", input=given, stream=True, **fields
     )
     with request as response, contextlib.suppress(httpx2.RemoteProtocolError):
-        seen += [line for line in response.iter_lines() if line.startswith("data: ")]
-    events = [json.loads(line[6:]) for line in seen]
+        lines.extend(response.iter_lines())
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
     same([e["type"] for e in events[-2:]], ["error", "response.failed"], mark)
     same([e["sequence_number"] for e in events], list(range(len(events))))
     told, failed = events[-2]["error"], events[-1]["response"]
     same((failed["status"], failed["error"]["message"]), ("failed", told["message"]))
     assert {"type", "code", "message", "param"} <= set(told), told
-    assert "response.completed" not in "".join(seen), seen
+    assert "response.completed" not in "".join(lines), lines
     calls_done = [i for i in failed["output"] if i["type"] == "function_call"]
     same([i for i in calls_done if i["status"] == "completed"], [], "a call that was cut")
     error = raised(lambda: ask(given, **fields))
     assert error.status_code >= 500, error
-    same(error.response.headers.get("x-should-retry"), "false")
+    if "cut" in mark:  # the other one may be tried again
+        same(error.response.headers.get("x-should-retry"), "false")
 
 
 @check("errors: bad input is a 400 that names its place; upstream is not called")
@@ -655,13 +657,15 @@ def stored() -> None:
 @check("state: previous_response_id through a tool loop; instructions are not inherited")
 def previous() -> None:
     fields: Any = {"tools": [WEATHER], "reasoning": HIGH}
-    answer = ask("[[thinking]] [[tool x3]] go", instructions="be kind", **fields)
+    answer = ask("[[thinking]] [[tool x3]] go", **fields)
     while answer.output[-1].type == "function_call":
         results = [output_of(c) for c in answer.output if c.type == "function_call"]
         answer = ask(results, previous_response_id=answer.id, **fields)
     same(answer.output_text, "results: 18C; 18C; 18C")
     same(blocks(), [["thinking", "tool_use"]] * 3)
-    same("system" in upstream.last.body, False)
+    first = ask("one", instructions="be kind")
+    same(ask("two", previous_response_id=first.id).output_text, "echo: two")
+    same((blocks("user"), "system" in upstream.last.body), ([["text"]] * 2, False))
 
 
 @check("state: items by reference, from the store and from an earlier answer")

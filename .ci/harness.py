@@ -195,7 +195,7 @@ class Done(NamedTuple):
     @property
     def events(self) -> list[JSON]:
         """The lines of its standard output, each a JSON object."""
-        return [json.loads(line) for line in self.out.splitlines() if line.startswith("{")]
+        return [json.loads(line) for line in self.out.split("\n") if line.startswith("{")]
 
 
 def node_module(*names: str) -> str:
