@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+import re
 import sys
-from typing import Any
+from typing import Any, Callable
 
 from harness import (
     JSON,
@@ -34,11 +34,23 @@ THINKING = {"thinking": {"type": "adaptive", "display": "summarized"}}
 
 
 def does(task: str, **given: Any) -> Any:
-    """What node_clients.mjs prints of the task."""
+    """What that task of node_clients.mjs comes to."""
+    return does_all([(task, given)])[0]
+
+
+def does_all(tasks: list[tuple[str, JSON]]) -> list[Any]:
+    """The same for several, at once and in one process."""
     with folders() as (home, work):
-        done = finished([node(), SCRIPT, task, json.dumps(given)], home, work)
+        done = finished([node(), SCRIPT, json.dumps(tasks)], home, work)
     assert done.status == 0, done.err
     return json.loads(done.out)
+
+
+def each_of(rows: list[JSON], tasks: tuple[str, ...], seen: Callable[[Any], None]) -> None:
+    """Does each task for each row, and has `seen` look at (task, row, outcome)."""
+    pairs = [(task, row) for row in rows for task in tasks]
+    outcomes = does_all(pairs)
+    each([(*pair, outcome) for pair, outcome in zip(pairs, outcomes)], seen)
 
 
 def roles(body: JSON) -> list[str]:
@@ -56,12 +68,11 @@ def kinds(body: JSON) -> list[list[str]]:
 
 @check("Vercel: text and usage, generated and streamed, by each provider")
 def text() -> None:
-    each(itertools.product(APIS, BOTH), one_text, at_once=2)
+    each_of([{"api": api, "prompt": "hello \u2028\u00e9"} for api in APIS], BOTH, one_text)
 
 
 def one_text(row: Any) -> None:
-    api, task = row
-    done = does(task, api=api, prompt="hello \u2028\u00e9")
+    done = row[-1]
     same((done["text"], done["finishReason"]), ("echo: hello \u2028\u00e9", "stop"))
     usage = done["usage"]
     same((usage["inputTokens"], usage["outputTokens"]), (PROMPT_TOKENS, OUTPUT_TOKENS))
@@ -70,34 +81,42 @@ def one_text(row: Any) -> None:
 
 @check("Vercel: a tool loop of three rounds, two calls at a time, by each provider")
 def tools() -> None:
-    each(itertools.product(APIS, BOTH), one_loop, at_once=2)
+    use = ["get_weather", "get_time"]
+    rows: list[JSON] = [{"api": api, "use": use, "prompt": f"[[tools-parallel x3]] go {api}"}
+                        for api in APIS]  # fmt: skip
+    for task in BOTH:
+        upstream.reset()
+        each_of(rows, (task,), one_loop)
 
 
 def one_loop(row: Any) -> None:
-    api, task = row
-    prompt = f"[[tools-parallel x3]] go {api} {task}"
-    done = does(task, api=api, prompt=prompt, use=["get_weather", "get_time"])
+    _, given, done = row
     same(done["calls"], ["get_weather", "get_time"] * 3)
     same(done["text"], "results: " + "; ".join(["sunny in 13", "noon"] * 3))
-    requests = upstream.told(f"go {api} {task}")
+    requests = upstream.told(f"go {given['api']}")
     same(kinds(requests[-1].body), [["text", "tool_use", "tool_use"]] * 3)
     same([len(r.body["messages"]) for r in requests], [1, 3, 5, 7])
 
 
 @check("Vercel: reasoning is shown and goes back signed, stored or not")
 def reasoning() -> None:
-    rows = [("responses", {**HIGH, "store": False}), ("responses", HIGH), ("anthropic", THINKING)]
-    each(itertools.product(rows, BOTH), one_reasoning, at_once=2)
+    own = {"by items": {**HIGH, "store": False}, "by reference": HIGH, "natively": THINKING}
+    rows: list[JSON] = [
+        {"api": "anthropic" if how == "natively" else "responses", "use": ["get_weather"],
+         "prompt": f"[[thinking redacted]] [[tool x3]] {how}", "provider": provider}
+        for how, provider in own.items()
+    ]  # fmt: skip
+    for task in BOTH:
+        upstream.reset()
+        each_of(rows, (task,), one_reasoning)
 
 
 def one_reasoning(row: Any) -> None:
-    (api, provider), task = row
-    told = f"{api} {task} {'store' in provider}"
-    prompt = f"[[thinking redacted]] [[tool x3]] {told}"
-    done = does(task, api=api, prompt=prompt, use=["get_weather"], provider=provider)
+    _, given, done = row
     same(done["text"], "results: " + "; ".join(["sunny in 13"] * 3))
     assert done["reasoning"].startswith("Let me think"), done["reasoning"]
     signed = ["thinking", "redacted_thinking", "tool_use"]
+    told = " ".join(given["prompt"].split()[-2:])
     same(kinds(upstream.told(told)[-1].body), [signed] * 3)
     same(done["usage"]["outputTokenDetails"]["reasoningTokens"], 4 * THINKING_TOKENS)
 
@@ -119,52 +138,57 @@ def references() -> None:
 
 @check("Vercel: generateObject and streamObject, by each provider")
 def objects() -> None:
-    each(itertools.product(APIS, ("object", "objectStream")), one_object, at_once=2)
+    rows: list[JSON] = [{"api": api, "prompt": f"[[json]] {api} {model}", "model": model}
+                        for api in APIS for model in ("claude-sonnet-5-5", "claude-opus-4-6")]  # fmt: skip
+    each_of(rows, ("object", "objectStream"), one_object)
 
 
 def one_object(row: Any) -> None:
-    api, task = row
-    model = "claude-opus-4-6" if api == "compatible" else "claude-sonnet-5-5"
-    mark = "[[json]]" if api == "compatible" else "somebody"
-    done = does(task, api=api, prompt=f"{mark} {api} {task}", model=model)
-    if api == "compatible":  # it asks for json_object: the words of the fake fit no schema
+    _, given, done = row
+    if given["api"] == "compatible":  # it asks for json_object: the words of the fake fit no schema
         return same(done["error"]["name"], "AI_NoObjectGeneratedError")
     same((done["object"]["age"], sorted(done["object"])), (3, ["age", "name", "nick"]))
-    schema = upstream.told(f"{api} {task}")[-1].body["output_config"]["format"]["schema"]
+    schema = upstream.told(given["prompt"])[-1].body["output_config"]["format"]["schema"]
     return same(sorted(schema["properties"]), ["age", "name", "nick"])
 
 
 @check("Vercel: a custom tool with a grammar")
 def custom_tool() -> None:
     code = "print(1)\n\u2028"
-    for task in BOTH:
-        prompt = "go " + calls([("run_code", {"input": code})])
-        done = does(task, api="responses", prompt=prompt, use=["run_code"])
+    prompt = "go " + calls([("run_code", {"input": code})])
+    given: JSON = {"api": "responses", "prompt": prompt, "use": ["run_code"]}
+    for done in does_all([(task, given) for task in BOTH]):
         same((done["calls"], done["text"]), (["run_code"], "results: ran 10"))
-        same(kinds(upstream.last.body), [["tool_use"]])
-        same(upstream.last.body["messages"][1]["content"][0]["input"], {"input": code})
+    same(kinds(upstream.last.body), [["tool_use"]])
+    same(upstream.last.body["messages"][1]["content"][0]["input"], {"input": code})
 
 
 @check("Vercel: web search is Claude's own, its citations are sources")
 def web_search() -> None:
-    for task in BOTH:
-        done = does(task, api="responses", prompt="[[citations]] weather", use=["web_search"])
-        same((done["urls"], done["finishReason"]), (["https://w.example"], "stop"), task)
-        same(done["text"], "I look it up. 21C.", task)
+    given = {"api": "responses", "prompt": "[[citations]] weather", "use": ["web_search"]}
+    each_of([given], BOTH, one_search)
+
+
+def one_search(row: Any) -> None:
+    done = row[-1]
+    same((done["urls"], done["finishReason"]), (["https://w.example"], "stop"))
+    same(done["text"], "I look it up. 21C.")
 
 
 @check("Vercel: errors keep their status, a stream that breaks off is an error")
 def errors() -> None:
     marks = ("error 400 scripted", "error 429", "error-midstream", "cut", "cut-clean")
-    each(itertools.product(APIS, marks), one_error, at_once=2)
+    rows: list[JSON] = [{"api": api, "prompt": f"[[{mark}]] a longer text"}
+                        for api in APIS for mark in marks]  # fmt: skip
+    each_of(rows, ("stream",), one_error)
 
 
 def one_error(row: Any) -> None:
-    api, mark = row
-    done = does("stream", api=api, prompt=f"[[{mark}]] a longer text")
+    _, given, done = row
     assert "error" in done, done
-    if mark.startswith("error "):
-        same(done["error"].get("status"), int(mark.split()[1]))
+    status = re.match(r"\[\[error (\d+)", given["prompt"])
+    if status:
+        same(done["error"].get("status"), int(status[1]))
 
 
 @check("README: the Vercel AI SDK")
@@ -215,9 +239,10 @@ def create() -> None:
 
 @check("openai-node: a stream that breaks off raises")
 def broken() -> None:
-    for mark in ("error-midstream", "cut", "cut-clean"):
-        done = does("helper", body={"input": f"[[{mark}]] a longer text"})
-        same(done.get("error", {}).get("name"), "Error", f"{mark}: {done}")
+    marks = ("error-midstream", "cut", "cut-clean")
+    rows = [("helper", {"body": {"input": f"[[{mark}]] a longer text"}}) for mark in marks]
+    for done in does_all(rows):
+        same(done.get("error", {}).get("name"), "Error", str(done))
 
 
 if __name__ == "__main__":

@@ -7,28 +7,16 @@ from __future__ import annotations
 
 import sys
 
-from harness import check, run, same
+from harness import check, run, same, shim
 from readme import printed
 
 
-@check("README: the OpenAI example")
-def openai_example() -> None:
-    same(printed("openai"), "Say hello.\n" * 2)
-
-
-@check("README: the Anthropic example")
-def anthropic_example() -> None:
-    same(printed("anthropic"), "Say hello.\n")
-
-
-@check("README: the Agents SDK")
-def agents_example() -> None:
-    same(printed("agents"), "Say hello.\n")
-
-
-@check("README: LangChain")
-def langchain_example() -> None:
-    same(printed("langchain"), "Say hello.\n")
+@check("README: the examples of OpenAI, Anthropic, the Agents SDK and LangChain")
+def examples() -> None:
+    with shim("--upstream", "echo") as url:
+        same(printed("openai", url), "Say hello.\n" * 2)
+        for name in ("anthropic", "agents", "langchain"):
+            same(printed(name, url), "Say hello.\n", name)
 
 
 if __name__ == "__main__":

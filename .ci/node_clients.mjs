@@ -1,5 +1,6 @@
-// What check_node.py has Node's clients do: `node node_clients.mjs NAME '{"arguments": 1}'` prints
-// what they came to as JSON. An error of theirs is an outcome as well: {"error": {...}}.
+// What check_node.py has Node's clients do: `node node_clients.mjs '[["NAME", {"model": "opus"}]]'`
+// does all these tasks at once and prints what they came to, a JSON list. An error of theirs is an
+// outcome as well: {"error": {...}}.
 
 import { createRequire } from 'node:module'
 
@@ -123,10 +124,13 @@ const tasks = {
   },
 }
 
-const [name, given] = process.argv.slice(2)
-try {
-  console.log(JSON.stringify(await tasks[name](JSON.parse(given))))
-} catch (error) {
-  const { message, status, statusCode, code } = error
-  console.log(JSON.stringify({ error: { name: error.name, message, status: status ?? statusCode, code } }))
+async function did([name, given]) {
+  try {
+    return await tasks[name](given)
+  } catch (error) {
+    const { name, message, status, statusCode, code } = error
+    return { error: { name, message, status: status ?? statusCode, code } }
+  }
 }
+
+console.log(JSON.stringify(await Promise.all(JSON.parse(process.argv[2]).map(did))))
