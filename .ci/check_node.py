@@ -138,8 +138,9 @@ def references() -> None:
 
 @check("Vercel: generateObject and streamObject, by each provider")
 def objects() -> None:
+    models = ("claude-sonnet-5-5", "claude-opus-4-6")
     rows: list[JSON] = [{"api": api, "prompt": f"[[json]] {api} {model}", "model": model}
-                        for api in APIS for model in ("claude-sonnet-5-5", "claude-opus-4-6")]  # fmt: skip
+                        for api in APIS for model in models]  # fmt: skip
     each_of(rows, ("object", "objectStream"), one_object)
 
 
