@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ from harness import (
     upstream,
 )
 from readme import example
+from samples import PNG_BASE64
 
 CODEX = (node(), node_module("@openai", "codex", "bin", "codex.js"))
 FLAGS = ("--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--json")
@@ -131,6 +133,42 @@ def namespace() -> None:
         done = codex("go " + calls([(name, {"target": "nobody"})]), home, work)
     assert said(done).startswith("results: "), done.out
     assert "unsupported" not in done.out + done.err, done.out + done.err
+
+
+@check("pictures: given with the question, and looked at by a tool")
+def pictures() -> None:
+    with folders() as (home, work):
+        configure(home)
+        Path(work, "a.png").write_bytes(base64.b64decode(PNG_BASE64))
+        look = calls([("view_image", {"path": str(Path(work, "a.png"))})])
+        done = codex("go " + look, home, work, "--image=a.png")
+    assert "results: " in said(done), done.out
+    shown = [block for message in upstream.last.body["messages"] for block in message["content"]]
+    results = [block["content"] for block in shown if block["type"] == "tool_result"]
+    kinds = [block["type"] for block in [*shown, *(b for r in results for b in r)]]
+    same(kinds.count("image"), 2, str(kinds))
+
+
+@check("OpenAI's own models of Codex, by an alias: tool_search, and tools within the input")
+def openai_models() -> None:
+    with shim("--alias", "gpt-*=sonnet") as url, folders() as (home, work):
+        config = configure(home, url)
+        lines = config.read_text(encoding="utf-8").split("\n")
+        kept = "\n".join(line for line in lines if not line.startswith("model_catalog_url"))
+        config.write_text(kept, encoding="utf-8")
+        notes = Path(work, "notes.txt")
+        for model, tool in (("gpt-5.5", "apply_patch"), ("gpt-6-sol", EXEC)):
+            upstream.reset()
+            notes.write_text("line one\n", encoding="utf-8")
+            script = f"await tools.apply_patch({json.dumps(PATCH)})"
+            given = {"input": PATCH if tool == "apply_patch" else script}
+            done = codex("[[thinking]] go " + calls([(tool, given)]), home, work, "-m", model)
+            same(said(done)[:9], "results: ", model)
+            same(notes.read_text(encoding="utf-8"), "line two \u00e9\U0001f600\n", model)
+            same(kinds(upstream.last.body), [["thinking", "tool_use"]], model)
+
+
+EXEC = "functions__exec"  # JavaScript that calls the tools
 
 
 @check("resume: the conversation goes on with its signed thinking")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib.util
 import itertools
 import json
 import os
@@ -34,6 +35,7 @@ from harness import (
     upstream,
 )
 from openai import AsyncOpenAI, OpenAI
+from openai.types.responses import response_create_params
 from pydantic import BaseModel, Field
 from samples import PDF_BASE64, PNG_BASE64
 
@@ -746,6 +748,86 @@ def codex_paths() -> None:
     same({slug: names for slug, names in missing.items() if names}, {})
     assert "claude-sonnet-5-5" in missing, missing
     same({m.id for m in client.models.list().data} - set(missing), set())
+
+
+@check("each field of the SDK's parameters is in exactly one of the shim's tables")
+def tables() -> None:
+    spec = importlib.util.spec_from_file_location("claude_shim", os.environ["SHIM_FILE"])
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["claude_shim"] = module
+    spec.loader.exec_module(module)
+    names = ("RESPONSES_REQUEST", "RESPONSES_IGNORED", "RESPONSES_REJECTED")
+    tables = {name: set(getattr(module, name)) for name in names}
+    fields: set[str] = set()
+    for kind in ("Base", "NonStreaming", "Streaming"):
+        parameters = getattr(response_create_params, f"ResponseCreateParams{kind}")
+        fields |= set(parameters.__annotations__)
+    found = {f: [name for name, table in tables.items() if f in table] for f in sorted(fields)}
+    same({f: where for f, where in found.items() if len(where) != 1}, {})
+
+
+MODELS = (
+    "opus", "sonnet", "haiku", "claude-fable-5-2", "claude-opus-5", "claude-sonnet-5",
+    "claude-opus-4-8", "claude-opus-4-6", "claude-sonnet-4-6", "claude-opus-4-5",
+    "claude-haiku-4-5", "claude-sonnet-4-5",
+)  # fmt: skip
+
+
+@check("every model, with every effort, a forced tool, a schema, sampling and a limit")
+def every_model() -> None:
+    each(itertools.product(MODELS, ("none", "minimal", "low", "high", "max")), one_model, at_once=4)
+
+
+def one_model(row: Any) -> None:
+    model, effort = row
+    fields: Any = {"reasoning": {"effort": effort, "summary": "auto"}, "temperature": 0.3,
+                   "top_p": 0.9}  # fmt: skip
+    given: list[Any] = [user("[[thinking]] [[tool x2]] go")]
+    for _ in range(3):
+        answer = ask(given, model, tools=[WEATHER, PATCH], max_output_tokens=500, **fields)
+        given += dumped(answer.output)
+        given += [output_of(item) for item in answer.output if item.type == "function_call"]
+    same(answer.output_text, "results: 18C; 18C")
+    ask("[[tool]] go", model, tools=[WEATHER], tool_choice="required", **fields)
+    schema = {"type": "json_schema", "name": "x", "schema": WEATHER["parameters"]}
+    same(json.loads(ask("x", model, text={"format": schema}, **fields).output_text), ARGUMENTS)
+
+
+@check("twelve clients at once, some of whom hang up: each gets its own answer")
+def many_at_once() -> None:
+    each(range(96), one_of_many, at_once=12)
+
+
+def one_of_many(number: int) -> None:
+    text = f"[[thinking]] I am number {number}."
+    if number % 3 == 0:
+        stream = ask(text, stream=True)
+        next(iter(stream))
+        stream.close()
+    first = streamed(text)[-1].response if number % 2 else ask(text)
+    same(first.output_text, f"echo: I am number {number}.")
+    second = ask("And now?", previous_response_id=first.id)
+    same(second.output_text, "echo: And now?")
+    turns = [m["content"][-1]["text"] for m in upstream_body(f"echo: I am number {number}.")]
+    same(turns, [text, first.output_text, "And now?"])
+
+
+def upstream_body(words: str) -> list[JSON]:
+    (received,) = upstream.told(words)
+    return received.body["messages"]
+
+
+@check("errors: silence before and within the answer ends in time")
+def silence() -> None:
+    limits = ("--retries", "0", "--first-byte-timeout", "1", "--silence-timeout", "1")
+    with shim(*limits) as url:
+        direct = client_of(url, max_retries=0)
+        for streaming in (False, True):
+            error = raised(lambda streaming=streaming: ask("[[hang]]", by=direct, stream=streaming))
+            same((error.status_code, error.type, error.code), (504, "server_error", "timeout"))
+        error = raised(lambda: list(ask("[[stall]] a longer text", by=direct, stream=True)))
+        assert isinstance(error, openai.APIError), repr(error)
 
 
 if __name__ == "__main__":
