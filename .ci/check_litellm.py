@@ -10,6 +10,7 @@ from typing import Any
 import litellm
 from harness import OUTPUT_TOKENS, PROMPT_TOKENS, SHIM, TIMEOUT, check, each, run, same, upstream
 from pydantic import BaseModel, Field
+from readme import printed
 from samples import PNG_BASE64
 
 litellm.suppress_debug_info = True
@@ -139,6 +140,31 @@ def one_error(row: Any) -> None:
     except kinds:
         return
     raise AssertionError("no error")
+
+
+@check("Responses: text, a stream, a tool loop by previous_response_id, the bridge from chat")
+def responses() -> None:
+    options: Any = {"model": "openai/sonnet", "api_base": SHIM + "/v1", "api_key": "x"}
+    same(litellm.responses(input="hello", **options).output[0].content[0].text, "echo: hello")
+    kinds = [e.type.value for e in litellm.responses(input="hello", stream=True, **options)]
+    same((kinds[0], kinds[-1]), ("response.created", "response.completed"))
+    tool = {"type": "function", **WEATHER["function"]}
+    fields: Any = {"tools": [tool], "reasoning": {"effort": "high", "summary": "auto"}, **options}
+    answer = litellm.responses(input="[[thinking]] [[tool x2]] go", **fields)
+    for _ in range(2):
+        same([item.type for item in answer.output], ["reasoning", "function_call"])
+        result = {"type": "function_call_output", "call_id": answer.output[1].call_id}
+        given = [{**result, "output": "18C"}]
+        answer = litellm.responses(input=given, previous_response_id=answer.id, **fields)
+    same(answer.output[-1].content[0].text, "results: 18C; 18C")
+    asked = [{"role": "user", "content": "hello"}]
+    bridged = litellm.completion(messages=asked, **{**options, "model": "openai/responses/sonnet"})
+    same(bridged.choices[0].message.content, "echo: hello")
+
+
+@check("README: DSPy, which calls by LiteLLM")
+def dspy_example() -> None:
+    same(printed("dspy", SHIM), "echo: Say hello.\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Random but legal chat requests, the same each time: none may be refused in the end.
+"""Random but legal requests to both of OpenAI's APIs, the same each time: none may be refused.
 
 What clients send is messier than any list of cases: empty turns, results without calls, calls
 without results, odd ids and names, marks and images anywhere, options the model does not take. The
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -37,6 +38,7 @@ TEXTS = (
 )
 CALL_IDS = ("call_1", "call_2", "call:3", "c.4", "call_1 ")
 NAMES = ("f", "g", "files.read", "x" * 140, "\u00fcn\u00ef")
+SPACES = ("mcp__a", "mcp b", "functions")
 ARGUMENTS = ("{}", "", "null", '{"a":1}', "{bad", "[1]", '"s"')
 PNG_URL = "data:image/jpeg;base64," + PNG_BASE64
 PARTS: tuple[JSON, ...] = (
@@ -142,20 +144,104 @@ class Maker:
         return {"model": self.pick(MODELS), "messages": messages, **self.options()}
 
 
-def accepted(seed: int) -> None:
-    body = json.dumps(Maker(seed).body()).encode()
-    url, headers = SHIM + "/v1/chat/completions", {"content-type": "application/json"}
+class ItemsMaker(Maker):
+    """Draws a body for Responses."""
+
+    def output(self) -> Any:
+        picture = {"type": "input_image", "image_url": PNG_URL}
+        parts = [{"type": "input_text", "text": self.pick(TEXTS)}, picture]
+        return self.pick((self.pick(TEXTS), parts, [picture], []))
+
+    def item(self) -> JSON:
+        text, call_id = self.pick(TEXTS), self.pick(CALL_IDS)
+        name = {"name": self.pick(NAMES), **self.pick(({}, {"namespace": self.pick(SPACES)}))}
+        said = {"type": "output_text", "text": text, "annotations": []}
+        summary = [{"type": "summary_text", "text": text}]
+        seal = self.pick((None, "gAAAA", "csh1.eyJ0.aaaa", ""))
+        kinds: tuple[JSON, ...] = (
+            {"role": "user", "content": self.pick((text, [{"type": "input_text", "text": text}]))},
+            {"role": self.pick(("system", "developer")), "content": text},
+            {"type": "message", "role": "assistant", "id": "msg_1", "content": [said],
+             "phase": "commentary", "status": "completed"},
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+            {"type": "reasoning", "id": "rs_1", "summary": summary, "encrypted_content": seal},
+            {"type": "function_call", "call_id": call_id, **name,
+             "arguments": self.pick(ARGUMENTS)},
+            {"type": "function_call_output", "call_id": call_id, "output": self.output()},
+            {"type": "custom_tool_call", "call_id": call_id, "input": text, **name},
+            {"type": "custom_tool_call_output", "call_id": call_id, "output": self.output()},
+            {"type": "web_search_call", "id": "ws_1", "status": "completed",
+             "action": {"type": "search", "query": "q"}},
+            {"type": "tool_search_call", "call_id": call_id, "execution": "client",
+             "arguments": {"query": "q"}, "status": "completed"},
+            {"type": "tool_search_output", "call_id": call_id, "tools": [self.item_tool()]},
+            {"type": "additional_tools", "role": "developer", "tools": [self.item_tool()]},
+            {"type": "item_reference", "id": "rs_gone"},
+            {"type": "item_of_tomorrow", "id": "x_1", "text": text},
+        )  # fmt: skip
+        return self.pick((*kinds, *kinds[:8]))
+
+    def item_tool(self) -> JSON:
+        name, schema = self.pick(NAMES), self.pick(SCHEMAS)
+        plain = {"type": "function", "name": name, "parameters": schema, "strict": False}
+        lark = {"type": "grammar", "definition": "x", "syntax": "lark"}
+        custom = {"type": "custom", "name": name, "format": lark}
+        space = {"type": "namespace", "name": self.pick(SPACES), "description": "d",
+                 "tools": [plain, custom]}  # fmt: skip
+        search = {"type": "tool_search", "execution": "client", "parameters": schema}
+        web = {"type": "web_search", "external_web_access": self.pick((True, False))}
+        hosted = {"type": "code_interpreter", "container": {"type": "auto"}}
+        return self.pick((plain, plain, custom, space, search, web, hosted))
+
+    def options(self) -> JSON:
+        schema = {"type": "json_schema", "name": "n", "schema": self.pick(SCHEMAS)}
+        efforts = "none minimal low medium high xhigh max".split()
+        chances: JSON = {
+            "tools": self.some(self.item_tool, 0, 3), "instructions": self.pick((*TEXTS, None)),
+            "parallel_tool_calls": self.pick((True, False)), "store": self.pick((True, False)),
+            "tool_choice": self.pick(("auto", "none", "required")), "stream": True,
+            "temperature": self.pick((0, 0.5, 1, 2, None)), "top_p": self.pick((0.1, 0.95, 1)),
+            "reasoning": self.pick(({}, None, {"effort": self.pick(efforts), "summary": "auto"})),
+            "text": self.pick(({}, {"format": schema}, {"format": {"type": "json_object"}})),
+            "max_output_tokens": self.pick((16, 5000, 10**6, None)), "user": "a@example.org",
+            "include": ["reasoning.encrypted_content"], "metadata": {"a": "b"},
+            "client_metadata": {"a": "b"}, "truncation": self.pick(("auto", "disabled")),
+        }  # fmt: skip
+        return {k: v for k, v in chances.items() if self.random.random() < 0.25}
+
+    def body(self) -> JSON:
+        items = [{"role": "user", "content": "start"}, *self.some(self.item, 0, 7)]
+        return {"model": self.pick(MODELS), "input": items, **self.options()}
+
+
+def accepted(path: str, body: JSON) -> str:
+    raw = json.dumps(body).encode()
+    request = urllib.request.Request(SHIM + path, raw, {"content-type": "application/json"})
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, body, headers)) as answer:
-            text = answer.read().decode()
+        with urllib.request.urlopen(request) as answer:
+            return answer.read().decode()
     except urllib.error.HTTPError as error:
-        raise AssertionError(f"{error.read().decode()} for {body[:900].decode()}") from None
+        raise AssertionError(f"{error.read().decode()} for {raw[:1200].decode()}") from None
+
+
+def one_chat(seed: int) -> None:
+    text = accepted("/v1/chat/completions", Maker(seed).body())
     assert '"error"' not in text, text
+
+
+def one_response(seed: int) -> None:
+    text = accepted("/v1/responses", ItemsMaker(seed).body())
+    assert re.search(r'"error": ?null', text) and '"failed"' not in text, text
 
 
 @check("500 random requests are answered, if need be after the shim has mended one", refused=None)
 def random_requests() -> None:
-    each(range(500), accepted, at_once=4)
+    each(range(500), one_chat, at_once=4)
+
+
+@check("500 random requests to Responses likewise", refused=None)
+def random_responses() -> None:
+    each(range(500), one_response, at_once=4)
 
 
 if __name__ == "__main__":

