@@ -4637,6 +4637,7 @@ class Description(NamedTuple):
     kind: str  # a key of KINDS
     source: str = ""  # where it is from
     expires_at: Optional[float] = None  # seconds since 1970; None: not known, or never
+    renews: bool = False  # by itself
 
     @property
     def payer(self) -> str:
@@ -5150,6 +5151,10 @@ class TokenSource:
         """
         raise NotImplementedError
 
+    def can_renew(self, bundle: Bundle) -> bool:
+        """Return whether there will be a token after `bundle`."""
+        return True
+
     def headers(self, token: str) -> HeaderList:
         """Return the header fields that show a token."""
         return [("authorization", f"Bearer {token}"), ("anthropic-beta", OAUTH_BETA)]
@@ -5189,7 +5194,8 @@ class Renewed(Credential):
         return self._source.headers(self._usable(rejected).access_token)
 
     def describe(self) -> Description:
-        return Description(self._source.kind, self._source.place, self._bundle.expires_at)
+        source, bundle = self._source, self._bundle
+        return Description(source.kind, source.place, bundle.expires_at, source.can_renew(bundle))
 
     def ready(self) -> bool:
         return self._good(self._bundle, self._source.margin + 1.0)
@@ -5359,6 +5365,9 @@ class BundleFile(TokenSource):
                 "lost when this process ends, and its other users are logged out"
             )
 
+    def can_renew(self, bundle: Bundle) -> bool:
+        return bool(bundle.refresh_token)
+
     def headers(self, token: str) -> HeaderList:
         return [*super().headers(token), *self._client.beside]
 
@@ -5433,6 +5442,17 @@ class BundleFile(TokenSource):
             self._lock = None
 
 
+@contextlib.contextmanager
+def locked_login(path: str) -> Iterator[None]:
+    """Keep processes that renew the login of `path` from doing so: they would write it again."""
+    lock = lock_file(_own_target(path) + ".lock")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 # --- other sources of tokens
 
 
@@ -5505,6 +5525,9 @@ class ClaudeCode(TokenSource):
         self.place = self._path = path
         self._service = service  # of the keychain of macOS; empty: there is none
         self._outside = outside
+
+    def can_renew(self, bundle: Bundle) -> bool:
+        return False
 
     def current(self) -> Bundle:
         text = self._keychain() if self._service else ""
@@ -5642,6 +5665,89 @@ def parsed_client_keys(text: str, source: str) -> Dict[str, str]:
     if not keys:
         raise ConfigError(f"{source} holds no key")
     return keys
+
+
+# --- logging in: RFC 7636 (PKCE), in the browser (RFC 8252) or by a pasted line
+
+
+class LoginError(Exception):
+    """A login ended without tokens; the message says why and what to do."""
+
+
+class WrongCallbackError(Exception):
+    """Not the answer to this login: anybody could have sent it, so it changes nothing."""
+
+
+class LoginAttempt:
+    """One attempt to log in: where its user is sent, and which answer it believes.
+
+    `verifier` and `state` are two random numbers of 256 bits; only the challenge of the first goes
+    through the browser, and the second must come back from there.
+    """
+
+    def __init__(self, redirect_uri: str, verifier: str, state: str) -> None:
+        self._redirect_uri = redirect_uri
+        self._verifier = verifier
+        self._state = state
+
+    def url(self, authorize_url: str, client_id: str, scope: str) -> str:
+        """Return the page on which the user agrees."""
+        challenge = hashlib.sha256(self._verifier.encode("ascii")).digest()
+        fields = {
+            "code": "true",
+            "client_id": client_id,
+            "response_type": "code",
+            "redirect_uri": self._redirect_uri,
+            "scope": scope,
+            "code_challenge": base64.urlsafe_b64encode(challenge).decode("ascii").rstrip("="),
+            "code_challenge_method": "S256",
+            "state": self._state,
+        }
+        return f"{authorize_url}?{urllib.parse.urlencode(fields)}"
+
+    def code_called_back(self, query: str) -> str:
+        """Return the code in the query of a callback.
+
+        WrongCallbackError if it does not answer this attempt, LoginError if the login was denied.
+        """
+        try:
+            pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=20)
+        except ValueError:
+            raise WrongCallbackError() from None
+        fields = dict(pairs)
+        if len(fields) < len(pairs) or not self._is_ours(fields.get("state", "")):
+            raise WrongCallbackError()
+        if "error" in fields:
+            reason = re.sub(r"[^a-z_]", "", fields["error"])[:40] or "no reason given"
+            raise LoginError(f"the login was not granted ({reason})")
+        return _checked_code(fields.get("code", ""))
+
+    def code_pasted(self, line: str) -> str:
+        """Return the code of a pasted CODE#STATE; WrongCallbackError if it is none of ours."""
+        code, _, state = line.strip().partition("#")
+        if not self._is_ours(state):
+            raise WrongCallbackError()
+        return _checked_code(code)
+
+    def _is_ours(self, state: str) -> bool:
+        return hmac.compare_digest(state.encode("utf-8", "replace"), self._state.encode("ascii"))
+
+    def token_fields(self, code: str, client_id: str) -> Dict[str, str]:
+        """Return what is posted to the token endpoint to exchange a code for tokens."""
+        return {
+            "grant_type": "authorization_code",
+            "code": code,
+            "redirect_uri": self._redirect_uri,
+            "client_id": client_id,
+            "code_verifier": self._verifier,
+            "state": self._state,
+        }
+
+
+def _checked_code(code: str) -> str:
+    if not re.fullmatch(r"[\x21-\x7e]{1,4096}", code):
+        raise WrongCallbackError()
+    return code
 
 
 # ----------------------------------------------------------------------
@@ -8094,7 +8200,7 @@ def _authorized(
         return response
     try:
         newer = credential.authorization(client, rejected=shown)
-    except ShimError:
+    except BaseException:
         response.source.drop()
         raise
     if newer == shown:
@@ -10174,20 +10280,23 @@ def sealing_key_path(config: str) -> str:
     return os.path.join(folder, "sealing.key")
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """Return the parser made of OPTIONS."""
+def argument_parser(command: str = "serve") -> argparse.ArgumentParser:
+    """Return the parser for what follows a word of COMMANDS: its switches, and OPTIONS."""
+    others = ", ".join(name for name in COMMANDS if name != command)
     parser = argparse.ArgumentParser(
-        prog="claude_shim",
-        description="Use Claude from any program that speaks OpenAI's or Anthropic's API.",
+        prog="claude_shim" if command == "serve" else f"claude_shim {command}",
+        description=f"{COMMANDS[command].help}. Other commands: {others}.",
         epilog="Each option can also be set by an environment variable (--base-url by "
-        "CLAUDE_SHIM_BASE_URL) or in the section [claude_shim] of the configuration file.",
+        "CLAUDE_SHIM_BASE_URL) or in the section [claude_shim] of the configuration file. "
+        f"Exit code: {COMMANDS[command].exit_codes}, 2 after a wrong setting.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"claude_shim {__version__}")
     parser.add_argument(
         "--config", metavar="FILE", help="configuration file (INI); default: see README"
     )
-    parser.add_argument("--check-config", action="store_true", help="print the settings and exit")
+    for switch, text in COMMANDS[command].switches.items():
+        parser.add_argument(f"--{switch}", action="store_true", help=text)
     for option in OPTIONS:
         shown = f"{option.help} (default: {option.default})" if option.default else option.help
         if not option.metavar:
@@ -10505,8 +10614,15 @@ def pinned_credential(search: Search, mode: str) -> Credential:
         return Passthrough()
     found = FINDERS[mode](search)
     if found is None:
-        raise ConfigError(f"there is no {KINDS[mode].name} to use; give it by {KINDS[mode].given}")
+        raise ConfigError(nothing_found(mode))
     return found.load()
+
+
+def nothing_found(mode: str) -> str:
+    """Return what to tell when there is no credential for an --auth."""
+    if mode == "auto":
+        return NO_CREDENTIAL
+    return f"there is no {KINDS[mode].name} to use; give it by {KINDS[mode].given}"
 
 
 def credential_from(
@@ -10520,7 +10636,7 @@ def credential_from(
         return pinned_credential(search, settings.auth)
     found = found_credentials(search)
     if not found:
-        raise ConfigError(NO_CREDENTIAL)
+        raise ConfigError(nothing_found(settings.auth))
     for other in found[1:]:
         unused = Description(other.kind, other.source)
         outside.tell(f"note: also found, not used: {unused} (--auth {other.kind} takes it)")
@@ -10657,6 +10773,11 @@ def oauth_client(settings: Settings) -> OAuthClient:
     return OAuthClient(settings.token_url, settings.oauth_client_id, settings.oauth_scope)
 
 
+def header_secrets(settings: Settings) -> List[str]:
+    """Return what --upstream-header may have of secrets: all that is longer than a word."""
+    return [value for _, value in settings.upstream_header if len(value) >= 8]
+
+
 def payers_from(
     settings: Settings, environment: Dict[str, str], log: Log
 ) -> Tuple[Credential, Optional[Credential]]:
@@ -10700,9 +10821,8 @@ def limits_from(settings: Settings) -> ServerLimits:
 
 
 def secrets_of(settings: Settings, keys: ClientKeys) -> List[str]:
-    """Return what must never be shown; a header's value of less than 8 characters is a word."""
-    added = [value for _, value in settings.upstream_header if len(value) >= 8]
-    return [*keys.secrets(), *added]
+    """Return what must never be shown, apart from what a credential holds."""
+    return [*keys.secrets(), *header_secrets(settings)]
 
 
 def server_from(
@@ -10792,18 +10912,22 @@ def _check_store(store: ResponseStore) -> None:
         raise ConfigError(f"--responses-store: {error.message}") from None
 
 
-def _cannot_listen(settings: Settings, error: Exception) -> str:
+def _cannot_listen(settings: Settings, error: Exception, taker: str = "") -> str:
     where = settings.unix or f"{settings.host}:{settings.port}"
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        return f"{where} is taken by another program; choose another --port"
+        return f"{where} is taken by {taker or 'another program'}; choose another --port"
     reason = error.strerror if isinstance(error, OSError) else str(error)
     return f"cannot listen on {where}: {reason}"
+
+
+def _callers(keys: ClientKeys) -> str:
+    return "only with a client key" if keys else "any program on this machine"
 
 
 def welcome(server: Server) -> str:
     """Return what is printed at the start: who listens, who pays, and how clients find it."""
     app = server.app
-    callers = "only with a client key" if app.policy.client_keys else "any program on this machine"
+    callers = _callers(app.policy.client_keys)
     key = "your-client-key" if app.policy.client_keys else "anything"
     return "\n".join(
         [
@@ -10849,38 +10973,701 @@ def serve(server: Server, reload: Callable[[], None]) -> None:
         os._exit(130)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command; the exit code is 0, or 2 after a wrong setting, told in a sentence."""
-    arguments = argument_parser().parse_args(argv)
-    environment = dict(os.environ)
-    no_core_dumps()
-    try:
-        file = config_values(arguments.config, environment)
-        settings = settings_from(arguments, environment, file)
-        if arguments.check_config:
-            world = outside(settings, Log())
-            credential = credential_from(settings, environment, world)
-            fallback_from(settings, environment, world, credential)
-            client_keys_from(settings, environment)
-            upstream_from(settings).close()
-            print(f"{shown_settings(settings)}\ncredential = {credential.describe()}")
-            return 0
-        server = server_from(settings, environment, sys.stderr, arguments.config)
-    except ConfigError as error:
-        print(f"claude_shim: {error}", file=sys.stderr)
-        return 2
+# --- the commands: each returns its exit code
+
+
+class Terminal:
+    """The user of a command: what is said and asked, and a browser if one is at hand."""
+
+    patience = 300.0  # seconds in which a login has to come back from the browser
+
+    def __init__(self, environment: Dict[str, str]) -> None:
+        self._environment = environment
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        print(text, flush=True)
+
+    def ask(self, question: str) -> str:
+        """Return the line that is typed in answer; nothing if nobody is there, or it is no text."""
+        try:
+            return input(question)
+        except (EOFError, UnicodeError):
+            return ""
+
+    def browse(self, url: str) -> bool:
+        """Return whether a browser was opened where its user can see it; some return only later."""
+        import webbrowser
+
+        if not has_screen(self._environment, sys.platform):
+            return False
+        opened: List[bool] = []
+        opening = threading.Thread(target=lambda: opened.append(webbrowser.open(url)), daemon=True)
+        opening.start()
+        opening.join(2.0)
+        return opened != [False]
+
+
+def has_screen(environment: Dict[str, str], platform: str) -> bool:
+    """Return whether a browser of this machine would be seen by who types: not over SSH."""
+    displays = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    screen = platform in ("darwin", "win32") or any(environment.get(name) for name in displays)
+    return screen and not environment.get("SSH_CONNECTION")
+
+
+class Call(NamedTuple):
+    """What a command is called with."""
+
+    settings: Settings
+    environment: Dict[str, str]
+    switches: FrozenSet[str]
+    terminal: Terminal
+    clock: Callable[[], float] = time.time
+    run: Callable[[Sequence[str]], Tuple[int, str]] = run_program
+    settings_now: Optional[Callable[[], Settings]] = None  # to read them again
+    config: Optional[str] = None  # the configuration file, if it is not the usual one
+
+    def world(self, log: Log) -> Outside:
+        """Return what a credential needs of the world."""
+        return outside(self.settings, log)._replace(clock=self.clock, run=self.run)
+
+
+def run_server(call: Call) -> int:
+    """Serve until a signal, or only say what the settings come to."""
+    settings, environment = call.settings, call.environment
+    if "check-config" in call.switches:
+        world = call.world(Log())
+        credential = credential_from(settings, environment, world)
+        fallback_from(settings, environment, world, credential)
+        client_keys_from(settings, environment)
+        upstream_from(settings).close()
+        call.terminal.say(f"{shown_settings(settings)}\ncredential = {credential.describe()}")
+        return 0
+    server = server_from(settings, environment, sys.stderr, call.config)
 
     def reload() -> None:
         try:
-            file = config_values(arguments.config, environment)
-            reconfigure(server, settings_from(arguments, environment, file), environment)
+            now = call.settings_now() if call.settings_now else settings
+            reconfigure(server, now, environment)
             server.app.log.write("note: the configuration was read again")
         except ConfigError as error:
             server.app.log.write(f"note: the configuration stays as it was: {error}")
 
-    print(welcome(server), flush=True)
+    call.terminal.say(welcome(server))
     serve(server, reload)
     return 0
+
+
+# --- login and logout
+
+CALLBACK_PAGES = {
+    200: "claude_shim has its answer. You can close this page.",
+    400: "This is not the answer that claude_shim waits for.",
+    403: "The login was not granted. You can close this page.",
+}
+_CALLBACK_HEADERS = [
+    ("content-type", "text/html; charset=utf-8"),
+    ("content-security-policy", "default-src 'none'"),
+    ("referrer-policy", "no-referrer"),  # the address holds the code
+    ("connection", "close"),
+]
+
+
+class CallbackListener:
+    """Waits on 127.0.0.1, at a free port, for the browser to come back with the code.
+
+    A hit that is not the answer gets a 400 and the wait goes on: any web page can send one. Nor
+    does a connection that says nothing hold up another; browsers open some in advance.
+    """
+
+    MAX_HEAD = 16 << 10
+
+    def __init__(self) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server.settimeout(1.0)
+        self._port: int = self._server.getsockname()[1]
+        self._heads: Dict[socket.socket, bytes] = {}
+        self.redirect_uri = f"http://localhost:{self._port}/callback"  # by the registered name
+
+    def __enter__(self) -> CallbackListener:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for sock in (self._server, *self._heads):
+            sock.close()
+
+    def code(self, attempt: LoginAttempt, seconds: float) -> str:
+        """Return the code of the right callback; LoginError if it was denied or did not come."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for sock in readable([self._server, *self._heads], deadline - time.monotonic()):
+                if sock is self._server:
+                    self._accept()
+                elif code := self._read(sock, attempt):
+                    return code
+        raise LoginError("the browser did not come back in time; run login again")
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = self._server.accept()
+            connection.settimeout(1.0)
+            self._heads[connection] = b""
+
+    def _read(self, connection: socket.socket, attempt: LoginAttempt) -> str:
+        """The code, if the head is whole now and holds it."""
+        burst = b""
+        with contextlib.suppress(OSError):
+            burst = connection.recv(_PIECE)
+        head, end, _ = (self._heads.pop(connection) + burst).partition(b"\r\n\r\n")
+        if burst and not end and len(head) < self.MAX_HEAD:
+            self._heads[connection] = head
+            return ""
+        try:
+            code = attempt.code_called_back(self._query(head))
+        except (ProtocolError, WrongCallbackError):
+            _show_page(connection, 400)
+            return ""
+        except LoginError:
+            _show_page(connection, 403)
+            raise
+        _show_page(connection, 200)
+        return code
+
+    def _query(self, head: bytes) -> str:
+        request = parsed_head(head)
+        path, _, query = request.target.partition("?")
+        host = "".join(request.values("host")).lower()
+        ours = host in (f"localhost:{self._port}", f"127.0.0.1:{self._port}")  # no DNS rebinding
+        if not ours or (request.method, path) != ("GET", "/callback"):
+            raise WrongCallbackError()
+        return query
+
+
+def _show_page(connection: socket.socket, status: int) -> None:
+    title = "<!doctype html><html lang=en><meta charset=utf-8><title>claude_shim</title>"
+    page = f"{title}<p>{CALLBACK_PAGES[status]}</p>\n".encode("ascii")
+    headers = [*_CALLBACK_HEADERS, ("content-length", str(len(page)))]
+    with connection, contextlib.suppress(OSError):
+        connection.sendall(response_head(status, headers, int(time.time())) + page)
+        connection.shutdown(socket.SHUT_WR)
+
+
+LOGIN_NOTICE = """\
+This logs in with a Claude account and keeps its tokens in {path}.
+Anthropic's terms reserve the tokens of Claude accounts (Free, Pro, Max) for Claude Code and its own
+apps: what claude_shim sends with them may be refused or billed as extra usage. Never use them for
+other people. Within the terms are an API key (ANTHROPIC_API_KEY), `ant auth login`, and for a
+subscription the `claude` program itself."""
+LOGGED_IN = """\
+Logged in. The tokens are in {path} and are renewed from there.
+With --auth auto they come before any API key: `claude_shim status` shows what is used."""
+
+
+def login(call: Call) -> int:
+    """Log in with a Claude account; 1 if that ended without tokens."""
+    path = bundle_path(call.settings, call.environment)
+    call.terminal.say(LOGIN_NOTICE.format(path=path))
+    if "yes" not in call.switches and call.terminal.ask("Go on? [y/N] ")[:1] not in ("y", "Y"):
+        call.terminal.say("Nothing was done. (--yes goes on without asking.)")
+        return 1
+    client = oauth_client(call.settings)._replace(repair="start again")
+    try:
+        attempt, code = _agreed(call, client)
+        bundle = granted(call.world(Log()), client, attempt.token_fields(code, client.id))
+        _keep_login(path, bundle)
+    except (LoginError, ShimError) as error:
+        call.terminal.say(f"Not logged in: {error}.")
+        return 1
+    call.terminal.say(LOGGED_IN.format(path=path))
+    return 0
+
+
+def _keep_login(path: str, bundle: Bundle) -> None:
+    try:
+        with locked_login(path):
+            write_secret_file(path, bundle_text(bundle, {}))
+    except OSError as error:
+        raise LoginError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _agreed(call: Call, client: OAuthClient) -> Tuple[LoginAttempt, str]:
+    """The attempt that its user agreed to, and the code that says so."""
+    if "no-browser" not in call.switches:
+        with CallbackListener() as listener:
+            attempt = _login_attempt(listener.redirect_uri)
+            url = attempt.url(AUTHORIZE_URL, client.id, client.scope)
+            if call.terminal.browse(url):
+                call.terminal.say(f"Agree in the browser. If none opened, use --no-browser.\n{url}")
+                return attempt, listener.code(attempt, call.terminal.patience)
+    attempt = _login_attempt(MANUAL_REDIRECT_URL)
+    url = attempt.url(AUTHORIZE_URL, client.id, client.scope)
+    call.terminal.say(f"Open this page, agree, and paste the line CODE#STATE that it shows.\n{url}")
+    with contextlib.suppress(WrongCallbackError):
+        return attempt, attempt.code_pasted(call.terminal.ask("CODE#STATE: "))
+    raise LoginError("that is not the whole line CODE#STATE of this login; run login again")
+
+
+def _login_attempt(redirect_uri: str) -> LoginAttempt:
+    return LoginAttempt(redirect_uri, secrets.token_urlsafe(32), secrets.token_urlsafe(32))
+
+
+def logout(call: Call) -> int:
+    """Revoke the login that `login` wrote and delete it; 1 if it could not be revoked."""
+    path = os.path.realpath(os.path.expanduser(bundle_path(call.settings, call.environment)))
+    if not os.path.exists(path):
+        call.terminal.say(f"There is no login in {path}.")
+        return 0
+    with locked_login(path):
+        fault = _revoked(call, parsed_bundle(read_secret_file(path), path))
+        os.unlink(path)
+    call.terminal.say(f"Deleted {path}.")
+    if fault:
+        advice = "They end by themselves, or at once if you log out everywhere at claude.ai."
+        call.terminal.say(f"The tokens were not revoked: {fault}.\n{advice}")
+    return 1 if fault else 0
+
+
+def _revoked(call: Call, bundle: Bundle) -> str:
+    """Why the tokens of a login could not be revoked (RFC 7009); nothing if they were."""
+    client = oauth_client(call.settings)
+    kind = "refresh_token" if bundle.refresh_token else "access_token"
+    fields = {"token": getattr(bundle, kind), "token_type_hint": kind, "client_id": client.id}
+    try:
+        answer = call.world(Log()).post(TokenRequest(f"{client.urls[0]}/revoke", fields))
+    except ShimError as error:
+        return error.message
+    return "" if answer.status == 200 else f"the endpoint answered with status {answer.status}"
+
+
+# --- status
+
+
+class Standing(NamedTuple):
+    """Where one credential stands."""
+
+    kind: str
+    source: str
+    use: str  # used, fallback or unused
+    because: str
+    state: str = "usable"  # or expired, or broken
+    fault: str = ""  # what to do about that
+    notes: Tuple[str, ...] = ()
+    token: str = ""  # masked
+    expires_at: Optional[float] = None
+    expires: str = ""
+    payer: str = ""
+
+    def __str__(self) -> str:
+        lines = [
+            ("from", self.source),
+            ("token", self.token),
+            ("expires", self.expires),
+            ("payer", self.payer),
+            *(("note", note) for note in self.notes),
+            (self.state, self.fault),
+        ]
+        head = f"{KINDS[self.kind].name}: {self.use}, {self.because}"
+        return "\n".join([head, *(f"  {name:8} {text}" for name, text in lines if text)])
+
+
+_NOT_LOOKED_FOR: Dict[str, Callable[[], Credential]] = {
+    "passthrough": Passthrough,
+    "none": NoCredential,
+}
+
+
+def standings(call: Call) -> List[Standing]:
+    """Return where each credential that is there stands, best first; upstream is not asked."""
+    settings = call.settings
+    told: List[str] = []
+    hidden: List[str] = []
+    world = call.world(Log())._replace(tell=told.append, hide=hidden.append)
+    found = found_credentials(Search(settings, call.environment, world))
+    used = "none" if settings.upstream == "echo" else settings.auth
+    if used == "auto" and found:
+        used = found[0].kind
+    if used in _NOT_LOOKED_FOR:
+        found.insert(0, Found(used, "", _NOT_LOOKED_FOR[used]))
+    rows = []
+    for each in found:
+        told.clear()
+        hidden.clear()
+        row = Standing(each.kind, each.source, *_use(each, used, settings))
+        row = _loaded(row, each, call.clock(), hidden)
+        rows.append(row._replace(notes=tuple(told)))
+    return rows
+
+
+def _use(found: Found, used: str, settings: Settings) -> Tuple[str, str]:
+    """Whether a credential is used, and why."""
+    asked = settings.auth != "auto" or settings.upstream == "echo"
+    if found.kind == used:
+        return "used", "as it was asked for" if asked or found.given else "as the first there is"
+    if found.kind == settings.fallback_auth:
+        return "fallback", "for what upstream refuses to the first"
+    reason = "was asked for" if asked else "comes first"
+    return "unused", f"{KINDS[used].name} {reason}; --auth {found.kind} takes this"
+
+
+def _loaded(standing: Standing, found: Found, now: float, hidden: List[str]) -> Standing:
+    try:
+        credential = found.load()
+    except ConfigError as error:
+        return standing._replace(state="broken", fault=str(error))
+    told, tokens = credential.describe(), [*credential.secrets(), *hidden]
+    expired = told.expires_at is not None and told.expires_at <= now and not told.renews
+    return standing._replace(
+        source=told.source,
+        state="expired" if expired else "usable",
+        fault=f"renew it by {KINDS[told.kind].given}" if expired else "",
+        token=masked(tokens[0]) if tokens else "",
+        expires_at=told.expires_at or None,
+        expires=expiry_in_words(told, now),
+        payer=told.payer,
+    )
+
+
+def masked(secret: str) -> str:
+    """Return what tells a secret from others: its kind, and the end of a long one."""
+    kind = re.match(r"sk-ant-[a-z]+[0-9]*-", secret)
+    return f"{kind.group() if kind else ''}...{secret[-4:] if len(secret) >= 40 else ''}"
+
+
+def expiry_in_words(told: Description, now: float) -> str:
+    """Return when a credential expires, and whether that matters; empty if it is not known."""
+    if told.expires_at is None:
+        return ""
+    if not told.expires_at:
+        return "not known before it is asked for"
+    left = told.expires_at - now
+    words = f"in {span(left)}" if left > 0 else f"{span(-left)} ago"
+    return f"{words}, renewed by itself" if told.renews else words
+
+
+def span(seconds: float) -> str:
+    """Return a length of time in the largest unit that fits."""
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' if count > 1 else ''}"
+    return "less than a minute"
+
+
+_STATUS_CODES = {"usable": 0, "broken": 1, "expired": 3}
+
+
+def status(call: Call) -> int:
+    """Tell which credentials there are; 0 if the one in use is usable, 1 if not, 3 if expired."""
+    rows = standings(call)
+    used = [row for row in rows if row.use == "used"]
+    if "json" in call.switches:
+        call.terminal.say(json.dumps([row._asdict() for row in rows], indent=2))
+    else:
+        missing = [] if used else [nothing_found(call.settings.auth)]
+        call.terminal.say("\n\n".join([*map(str, rows), *missing]))
+    return _STATUS_CODES[used[0].state] if used else 1
+
+
+# --- doctor
+
+
+class Answer(NamedTuple):
+    """What upstream said to a question that costs nothing."""
+
+    url: str
+    status: int = 0  # there was no answer
+    date: str = ""
+    reason: str = ""
+
+
+class Examination(NamedTuple):
+    """What the checks look at."""
+
+    call: Call
+    rows: List[Standing]
+    fault: str  # why upstream was shown no credential, where it should have been
+    answer: Answer
+    python: Tuple[int, ...] = sys.version_info[:3]
+
+
+class Finding(NamedTuple):
+    """What a check found."""
+
+    verdict: str  # ok, note (requests work all the same) or fault
+    sentence: str
+
+
+def examination(call: Call) -> Examination:
+    """Return what there is to check; a login is renewed if it has to be, and upstream is asked."""
+    settings, environment, fault = call.settings, call.environment, ""
+    log = Log(None, header_secrets(settings))
+    credential: Credential = NoCredential()
+    try:
+        chosen = credential_from(settings, environment, call.world(log))
+        fallback_from(settings, environment, call.world(log), chosen)
+        for secret in chosen.secrets():
+            log.hide(secret)
+        if not isinstance(chosen, Passthrough):
+            chosen.authorization({})
+            credential = chosen
+    except (ConfigError, ShimError) as error:
+        fault = log.masked(str(error))
+    with contextlib.closing(credential):
+        answer = _asked(settings, credential, log)
+    return Examination(call, standings(call), fault, answer)
+
+
+def _asked(settings: Settings, credential: Credential, log: Log) -> Answer:
+    headers = [("anthropic-version", "2023-06-01"), ("user-agent", f"claude-shim/{__version__}")]
+    request = UpstreamRequest("GET", "/v1/models?limit=1", headers, b"", patience=GET_SECONDS)
+    try:
+        with contextlib.closing(upstream_from(settings)) as upstream:
+            asking = _authorized(credential, request, {}, RetryPolicy(0))
+            response = driven(asking, upstream)
+            body = parsed_or_none(read_error_body(response))
+    except (ConfigError, ShimError) as error:
+        return Answer(settings.base_url, reason=log.masked(str(error)))
+    reason = log.masked(upstream_error(response.status, body).message)[:300]
+    shown = "".join(letter if letter.isprintable() else " " for letter in reason)
+    return Answer(upstream.url, response.status, response.header("date"), shown)
+
+
+def _check_python(seen: Examination) -> Iterator[Finding]:
+    shown = f"Python {'.'.join(map(str, seen.python))}"
+    if seen.python < (3, 9):
+        yield Finding("fault", f"{shown} is too old: claude_shim needs 3.9 or newer")
+    else:
+        yield Finding("ok", shown)
+
+
+def _check_credential(seen: Examination) -> Iterator[Finding]:
+    if seen.fault:
+        yield Finding("fault", seen.fault)
+    for row in seen.rows:
+        if row.use == "used" and not seen.fault:
+            yield Finding("ok", str(Description(row.kind, row.source)))
+        if row.use == "used" and KINDS[row.kind].claude_ai:
+            yield Finding("note", CLAUDE_AI_NOTICE.partition(": ")[2])
+        if row.use == "used" and row.kind == "claude-code" and seen.call.settings.auth == "auto":
+            yield Finding("note", "nothing else was found; if that was not meant, give an API key")
+        yield from (Finding("note", note) for note in row.notes)
+
+
+def _check_others(seen: Examination) -> Iterator[Finding]:
+    for row in seen.rows:
+        if row.use != "used":
+            shown = f"{Description(row.kind, row.source)}: {row.use}, {row.because}"
+            yield Finding("note", f"{shown} ({row.fault})" if row.fault else shown)
+
+
+def _check_proxy(seen: Examination) -> Iterator[Finding]:
+    try:
+        proxies = proxies_for(seen.call.settings.base_url)
+    except ConfigError as error:
+        yield Finding("fault", str(error))
+        return
+    for proxy in proxies.values():
+        address = proxy.rpartition("@")[2]  # without the password
+        yield Finding("ok", f"upstream is reached through {address}")
+
+
+def _check_certificates(seen: Examination) -> Iterator[Finding]:
+    environment = seen.call.environment
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        if environment.get(name) and not os.path.exists(environment[name]):
+            yield Finding("note", f"{name} names what is not there, so no authority is trusted")
+    others = ("NODE_EXTRA_CA_CERTS", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+    named = {environment[name]: name for name in others if environment.get(name)}
+    for path, name in named.items() if not seen.call.settings.ca_file else ():
+        advice = f"if upstream needs it, give --ca-file {path}"
+        yield Finding("note", f"{name} is for other programs: {advice}")
+
+
+def _check_upstream(seen: Examination) -> Iterator[Finding]:
+    settings, (url, status, _, reason) = seen.call.settings, seen.answer
+    target = urllib.parse.urlsplit(url)
+    unshown = seen.fault or settings.auth == "passthrough"
+    if is_loopback(target.hostname or "") and target.port == settings.port:
+        yield Finding(
+            "fault", f"--base-url is where claude_shim itself listens, port {target.port}"
+        )
+    elif not status:
+        yield Finding("fault", reason)
+    elif status == 200:
+        yield Finding("ok", f"{url} takes the credential")
+    elif status == 404 or (status == 401 and unshown):
+        yield Finding("ok", f"{url} answers; the credential was not tried")
+    else:
+        yield Finding("fault", f"{url} answers with status {status}: {reason}")
+
+
+CLOCK_TOLERANCE = 60.0  # seconds; logins are renewed that long before their end
+
+
+def _check_clock(seen: Examination) -> Iterator[Finding]:
+    import email.utils
+
+    with contextlib.suppress(ValueError, TypeError, IndexError):
+        theirs = email.utils.parsedate_to_datetime(seen.answer.date).timestamp()
+        ahead = seen.call.clock() - theirs
+        shown = f"{span(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} upstream's"
+        if abs(ahead) <= CLOCK_TOLERANCE:
+            yield Finding("ok", "this clock agrees with upstream's")
+        else:
+            yield Finding("note", f"this clock is {shown}: logins end at the wrong time; set it")
+
+
+def _check_callers(seen: Examination) -> Iterator[Finding]:
+    path = seen.call.settings.client_key_file
+    try:
+        keys = client_keys_from(seen.call.settings, seen.call.environment)
+    except ConfigError as error:
+        yield Finding("fault", str(error))
+        return
+    yield Finding("ok", _callers(keys))
+    try:
+        if path:
+            read_secret_file(path)
+    except ConfigError as error:
+        yield Finding("note", str(error))
+
+
+def _check_port(seen: Examination) -> Iterator[Finding]:
+    settings = seen.call.settings
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        socket.create_server((settings.host, settings.port), family=family).close()
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE  # maybe by a claude_shim that serves
+        taker = port_owner(settings.port) if taken else ""
+        yield Finding("note" if taken else "fault", _cannot_listen(settings, error, taker))
+    else:
+        yield Finding("ok", f"{settings.host}:{settings.port} is free")
+
+
+def port_owner(port: int) -> str:
+    """Return the program that listens on a TCP port and its process id, as far as /proc tells."""
+    import glob
+
+    tables = [_read_or_empty(f"/proc/net/{name}") for name in ("tcp", "tcp6")]
+    wanted = {f"socket:[{inode}]" for table in tables for inode in listening_inodes(table, port)}
+    for link in glob.glob("/proc/[0-9]*/fd/*") if wanted else ():
+        with contextlib.suppress(OSError):
+            if os.readlink(link) in wanted:
+                process = link.split("/")[2]
+                return f"{plain(_read_or_empty(f'/proc/{process}/comm').strip())} ({process})"
+    return ""
+
+
+def _read_or_empty(path: str) -> str:
+    try:
+        return read_text(path)
+    except ConfigError:
+        return ""
+
+
+def listening_inodes(table: str, port: int) -> List[str]:
+    """Return the inodes of the sockets that listen on `port`, of the text of /proc/net/tcp."""
+    rows = [line.split() for line in table.splitlines()[1:]]
+    return [row[9] for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "0A"]
+
+
+CHECKS: Dict[str, Callable[[Examination], Iterator[Finding]]] = {
+    "python": _check_python,
+    "credential": _check_credential,
+    "others": _check_others,
+    "proxy": _check_proxy,
+    "certificates": _check_certificates,
+    "upstream": _check_upstream,
+    "clock": _check_clock,
+    "callers": _check_callers,
+    "port": _check_port,
+}
+
+
+def doctor(call: Call) -> int:
+    """Check what a request needs, and tell in sentences what to mend; 0 if one would work."""
+    seen = examination(call)
+    found = [(name, *finding) for name, check in CHECKS.items() for finding in check(seen)]
+    faults = [sentence for _, verdict, sentence in found if verdict == "fault"]
+    if "json" in call.switches:
+        rows = [dict(zip(("check", "verdict", "sentence"), row)) for row in found]
+        call.terminal.say(json.dumps({"works": not faults, "checks": rows}, indent=2))
+    else:
+        lines = [f"{verdict:6} {name:13} {sentence}" for name, verdict, sentence in found]
+        ending = (
+            "No request would work before that is mended." if faults else "A request would work."
+        )
+        call.terminal.say("\n".join([*lines, ending]))
+    return 1 if faults else 0
+
+
+class Command(NamedTuple):
+    """A first word of the command line, with switches of its own beside OPTIONS."""
+
+    run: Callable[[Call], int]  # gives the exit code
+    help: str
+    exit_codes: str
+    switches: Dict[str, str] = {}
+
+
+_JSON_SWITCH = {"json": "print JSON, for programs"}
+
+COMMANDS: Dict[str, Command] = {
+    "serve": Command(
+        run_server,
+        "Let any program that speaks OpenAI's or Anthropic's API use Claude",
+        "0 after a signal",
+        {"check-config": "print the settings and exit"},
+    ),
+    "login": Command(
+        login,
+        "Log in with a Claude account",
+        "0 logged in, 1 not",
+        {
+            "no-browser": "print the page's address and take the line that the page shows",
+            "yes": "go on without asking",
+        },
+    ),
+    "logout": Command(
+        logout, "Revoke and delete what login wrote", "0 gone, 1 deleted here but not revoked"
+    ),
+    "status": Command(
+        status,
+        "Tell which credentials there are, which is used, and who pays",
+        "0 the one in use is usable, 1 there is none, 3 it has expired",
+        _JSON_SWITCH,
+    ),
+    "doctor": Command(
+        doctor,
+        "Check what a request needs, and tell what to mend",
+        "0 a request would work, 1 it would not",
+        _JSON_SWITCH,
+    ),
+}
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run a command; its exit code, or 2 after a wrong setting, told in a sentence."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words.pop(0) if words and words[0] in COMMANDS else "serve"
+    arguments = argument_parser(name).parse_args(words)
+    given = [word for word in COMMANDS[name].switches if getattr(arguments, word.replace("-", "_"))]
+    environment = dict(os.environ)
+    no_core_dumps()
+
+    def settings() -> Settings:
+        return settings_from(arguments, environment, config_values(arguments.config, environment))
+
+    try:
+        call = Call(settings(), environment, frozenset(given), Terminal(environment))
+        call = call._replace(config=arguments.config, settings_now=settings)
+        return COMMANDS[name].run(call)
+    except ConfigError as error:
+        print(f"claude_shim: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
