@@ -335,7 +335,7 @@ def event_boundaries() -> str:
     return str(budget)
 
 
-# Left out: a message that begins twice, after which the splice still takes the first one's block for
+# Left out: a message that begins twice, after which the splice still takes the first block for
 # open. Only a broken upstream does it.
 LEFT_OUT = re.compile(rb'"message_start".*"message_start"', re.DOTALL)
 
