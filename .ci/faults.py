@@ -272,7 +272,7 @@ class FakeUpstream:
             body += sock.recv(1 << 16)
         told = re.search(rb"<<(.*?)>>", body)
         if not told:  # the list of models
-            sock.sendall(sized(200, "application/json", b'{"data": []}'))
+            sock.sendall(sized(404, "application/json", b"{}"))
             return True
         number, fault, place, words = json.loads(told[1].replace(b'\\"', b'"'))
         plan = Plan(number, fault, place, words, False, CHAT, 0.0)
