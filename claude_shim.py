@@ -5796,6 +5796,9 @@ def ready_of(
     return [sock for sock in (*readers, *writers) if sock.fileno() in ready]
 
 
+PROMPT_BYTES = 64 << 10  # are translated in a millisecond, and fit into a socket's buffer
+
+
 class ClientWatch:
     """Notices that the client of a request hung up; a half-closed connection counts as gone."""
 
@@ -5855,6 +5858,11 @@ class UpstreamRequest(NamedTuple):
     patience: Optional[float] = None  # seconds until the head, where less than usual will do
     delay: float = 0.0  # seconds to wait before it is sent
     fresh: bool = False  # over a new connection
+    handed_on: bool = False  # the events of its answer are not read before they are handed on
+
+    def prompt(self) -> bool:
+        """Return whether to send it, and to go on when the head has come, takes no time."""
+        return self.handed_on and not self.delay and len(self.body) <= PROMPT_BYTES
 
 
 class Source:
@@ -6743,6 +6751,18 @@ def plain(text: str, limit: int = 120) -> str:
 _NOT_PLAIN = re.compile(r"[^\x21-\x7e]")
 
 
+def _poll_of(stream: Optional[TextIO]) -> Optional[select.poll]:
+    """What says whether a stream can be written to; None where nothing does."""
+    if not hasattr(select, "poll"):
+        return None
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno() if stream else -1, select.POLLOUT)
+    except (OSError, ValueError):
+        return None
+    return poll
+
+
 def log_line(record: Record) -> str:
     """Return the line for one request."""
     return (
@@ -6785,6 +6805,8 @@ class Log:
         self._masked: List[str] = []
         self._lock = threading.Lock()
         self._told: List[str] = []
+        self._lost = 0  # lines
+        self._ready = _poll_of(stream)
         self.learn(secrets)
 
     def learn(self, secrets: Iterable[str]) -> None:
@@ -6809,12 +6831,21 @@ class Log:
         return text
 
     def write(self, line: str) -> None:
-        """Write one line; a log that cannot be written must not stop an answer."""
+        """Write one line; a log that cannot be written, or is not read, must not stop an answer."""
         if self._stream is None:
             return
         with self._lock, contextlib.suppress(OSError, ValueError):
-            self._stream.write(self.masked(line) + "\n")
+            if not self._takes_a_line():
+                self._lost += 1
+                return
+            lost = f"note: {self._lost} lines were lost\n" if self._lost else ""
+            self._lost = 0
+            self._stream.write(f"{lost}{self.masked(line)}\n")
             self._stream.flush()
+
+    def _takes_a_line(self) -> bool:
+        """Whether a write would not wait: a pipe that is ready takes 4 KiB."""
+        return self._ready is None or bool(self._ready.poll(0))
 
     def once(self, line: str) -> None:
         """Write a line that was not written before; only the first 1,000 are."""
@@ -7036,19 +7067,32 @@ class ResponseStore:
         self._clock = clock
         self._lock = threading.Lock()
         self._connection: Optional[sqlite3.Connection] = None
+        self._unsaved: Deque[Tuple[str, Sequence[JSON], JSON]] = deque()
 
     def put(self, owner: str, items: Sequence[JSON], response: JSON) -> None:
-        """Keep a response, with the items of its own request."""
-        if self.place == "off":
-            return
+        """Keep a response, with the items of its own request; `save` writes it, or what reads."""
+        if self.place != "off":
+            self._unsaved.append((owner, items, response))
+
+    def save(self) -> None:
+        """Write what was put; StoreFault when the database fails."""
+        with self._database():
+            pass
+
+    def _save(self, database: sqlite3.Connection) -> None:
+        while self._unsaved:
+            self._insert(database, *self._unsaved.popleft())
+
+    def _insert(
+        self, database: sqlite3.Connection, owner: str, items: Sequence[JSON], response: JSON
+    ) -> None:
         id, previous = response["id"], response["previous_response_id"] or ""
         texts = [dumps(items).decode("ascii"), dumps(response).decode("ascii")]
         row = (owner, id, previous, self._clock(), sum(map(len, texts)), *texts)
         named = [(owner, item["id"], id) for item in response["output"]]
-        with self._database() as database:
-            database.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", row)
-            database.executemany("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", named)
-            self._forget(database)
+        database.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        database.executemany("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", named)
+        self._forget(database)
 
     def response(self, owner: str, id: str) -> Optional[JSON]:
         """Return a response as it was given."""
@@ -7131,6 +7175,7 @@ class ResponseStore:
                     database = sqlite3.connect(path, timeout=wait, check_same_thread=False)
                     self._connection = _with_tables(database)
                 with self._connection:
+                    self._save(self._connection)
                     yield self._connection
             except (sqlite3.Error, OSError) as error:
                 raise StoreFault(f"the store of responses ({self.place}): {error}") from None
@@ -7613,6 +7658,7 @@ class App:
         self._sealing_lock = threading.Lock()
         self._health: Tuple[float, JSON] = (-math.inf, {})
         self.draining = False  # the server is about to stop
+        self.later: Callable[[Callable[[], None]], None] = lambda work: work()  # what takes time
         self._threads: List[threading.Thread] = []
 
     def close(self) -> None:
@@ -7643,6 +7689,12 @@ class App:
         return name
 
     # --- with the body
+
+    def prompt(self, request: Request) -> bool:
+        """Return whether it takes no time to answer a request, or to ask upstream."""
+        stored = "/responses" in request.path and self.store.place != "off"
+        small = len(request.body) <= PROMPT_BYTES and not stored
+        return small and all(payer.ready() for payer in self.payers())
 
     def respond(self, request: Request) -> Response:
         """Return the answer, which may be an error; ClientGone when nobody waits for it."""
@@ -7868,6 +7920,7 @@ class App:
         """Return upstream's answer to a translated request; UpstreamError if it is no stream."""
         headers = self._upstream_headers(request, betas, "text/event-stream")
         call = UpstreamRequest("POST", "/v1/messages", headers, dumps(body), request.watch)
+        call = call._replace(handed_on=True)
         response = yield from self._sent(call, request.headers, self.policy.retries)
         if response.status != 200:
             body_bytes = read_error_body(response)
@@ -7929,8 +7982,12 @@ class App:
         return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
     def _keep(self, owner: str, draft: ResponsesDraft, response: JSON) -> None:
+        self.store.put(owner, draft.items, response)
+        self.later(self._save)
+
+    def _save(self) -> None:
         try:
-            self.store.put(owner, draft.items, response)
+            self.store.save()
         except ShimError as error:
             self.log.once(f"note: a response was not stored: {error.message}")
 
@@ -8039,6 +8096,7 @@ class App:
         if "anthropic-version" not in request.headers:
             passed.append(("anthropic-version", "2023-06-01"))
         call = UpstreamRequest(request.method, path, passed, request.body, request.watch)
+        call = call._replace(handed_on=True)
         response = yield from self._sent(call, request.headers)
         kept = [(k, v) for k, v in response.headers if _RELAYED_TO_CLIENT.fullmatch(k)]
         ids = [("x-request-id", value) for name, value in kept if name == "request-id"]
@@ -8889,12 +8947,16 @@ class Gate(Party):
             pause = 1 / self.limits.requests_per_second
             saved = time.monotonic() - max(0.0, 1.0 - pause)  # at most a second's worth at once
             self._next_start = max(self._next_start, saved) + pause
-        exchange.begin()
+        exchange.relay.soon(exchange, exchange.begin)  # it may be over at once, and leave
 
     def leave(self, exchange: Exchange) -> None:
         """Forget an exchange that is over, or that nobody waits for any longer."""
         self._running.discard(exchange)
         self._waiting.pop(exchange, None)
+        exchange.relay.remind(self.tick(time.monotonic()), self)
+
+    def advance(self) -> None:
+        """Begin what new limits allow."""
         self.tick(time.monotonic())
 
     def tick(self, now: float) -> float:
@@ -8948,7 +9010,7 @@ class Pump(Party):
             self._exchange.log_fault(error)
             made, burst = self.transform.end(ShimError("claude_shim failed on this answer")), b""
         self._deliver(made, ended=burst == b"")
-        return burst is not None and not self.over and self.source.ready()
+        return not self.over and self.source.ready()  # also after events that nobody gets
 
     def _deliver(self, made: bytes, ended: bool) -> None:
         self._heard = time.monotonic()
@@ -9101,9 +9163,10 @@ class Exchange(Party):
 
     def begin(self) -> None:
         """Ask the App; here if that takes no time."""
+        if self.over:
+            return
         self._deadline = math.inf
-        prompt = len(self._request.body) <= _PROMPT_BYTES and not self._coding
-        if prompt and self._server.app.credential.ready():
+        if self._server.app.prompt(self._request) and not self._coding:
             self._proceed(self._advance(None))
         else:
             self._hand_over(None)
@@ -9142,10 +9205,10 @@ class Exchange(Party):
         if isinstance(step, Response):
             self._respond(step)
             return
-        self._asked = step
+        self._asked, upstream = step, self._server.app.upstream
         try:
-            pending = None if step.delay else self._server.app.upstream.begin(step, connects=False)
-        except ShimError as error:
+            pending = upstream.begin(step, connects=False) if step.prompt() else None
+        except (ShimError, ClientGone) as error:
             self._proceed(self._advance(error))
             return
         if pending:
@@ -9159,6 +9222,11 @@ class Exchange(Party):
         self.workers.submit(lambda: self._work(step))
 
     def _work(self, given: Union[Step, UpstreamResponse, Exception, None]) -> None:
+        if self.over:
+            if isinstance(given, UpstreamResponse):
+                given.source.drop()
+            self.relay.call(self, self._let_go)
+            return
         step = given if isinstance(given, (UpstreamRequest, Response)) else self._advance(given)
         while isinstance(step, UpstreamRequest):
             try:
@@ -9177,10 +9245,11 @@ class Exchange(Party):
 
     def _await_head(self, pending: UpstreamConnection) -> None:
         self._with_worker = False
-        self._pending = pending
         if self.over or self._connection.gone:
-            self.cancel()
+            pending.drop()
+            self._let_go()
             return
+        self._pending = pending
         self.relay.watch(pending.sock, selectors.EVENT_READ, self)
         self._until(pending.head_deadline, self._no_head)
 
@@ -9198,7 +9267,8 @@ class Exchange(Party):
 
     def on_ready(self) -> None:
         """Read the head of upstream's answer."""
-        assert self._pending is not None
+        if self._pending is None:
+            return
         try:
             answer = self._pending.answer()
         except (OSError, ShimError) as error:
@@ -9206,17 +9276,14 @@ class Exchange(Party):
             return
         if answer is None:
             if self._pending.ready():  # TLS has more at hand, which the socket does not show
-                self.relay.soon(self, self._look_again)
+                self.relay.soon(self, self.on_ready)
             return
         self._head_came()
-        if answer.status == 200 and answer.is_event_stream():
+        prompt = self._asked is not None and self._asked.prompt()
+        if prompt and answer.status == 200 and answer.is_event_stream():
             self._proceed(self._advance(answer))
         else:
             self._hand_over(answer)  # its body may take a while
-
-    def _look_again(self) -> None:
-        if self._pending:
-            self.on_ready()
 
     def _no_answer(self, error: Exception) -> None:
         pending = self._head_came()
@@ -9245,8 +9312,7 @@ class Exchange(Party):
         if self.over or self._connection.gone or not response.status:
             for stream in streams:
                 stream.source.drop()
-            self._connection.gone = True
-            self.finish("client gone")
+            self._let_go()
             return
         self._streams = isinstance(body, Stream)
         if self._streams:
@@ -9305,7 +9371,7 @@ class Exchange(Party):
 
     def fail(self, error: ShimError) -> None:
         """End by an error of our own, whatever is going on."""
-        if self._streams:
+        if self._streams and not self.over:
             self._pumps[0].fail(error)
         elif not self.over:
             response = self._server.app.failure(error, self._request)
@@ -9324,22 +9390,38 @@ class Exchange(Party):
             self._head_came().drop()
         if not self._with_worker:
             self._conversation.close()
-        shown = response or self._response
+        shown, model = response or self._response, self._response.model
         self._server.gate.leave(self)
-        self._connection.answered(shown.status, self._response.model or shown.model, outcome)
+        self._forget()
+        self._connection.answered(shown.status, model or shown.model, outcome)
+
+    def _forget(self) -> None:
+        """Hold nothing that is large; a reminder may hold this for a minute."""
+        self._pumps, self._asked, self._response = [], None, Response(0, [])
+        self._request = self._request._replace(body=b"")
+        self._on_deadline = _nothing
 
     def cancel(self) -> None:
-        """The client is gone. A worker notices by itself, and then comes back here."""
-        if not self._with_worker:
-            self.finish("client gone")
+        """The client is gone. A worker that has this still comes back, and finds it over."""
+        self.finish("client gone")
+
+    def _let_go(self) -> None:
+        """Nobody waits any longer for what a worker brings."""
+        self._with_worker = False
+        self._conversation.close()
+        self._connection.gone = self._connection.gone or not self.over
+        self.finish("client gone")
 
     def abort(self) -> None:
         if not self.over:
             self._connection.abort()
 
 
+def _nothing() -> None:
+    pass
+
+
 Step = Union[UpstreamRequest, Response]
-_PROMPT_BYTES = 64 << 10  # a request of this size is translated in less than a millisecond
 
 
 class ClientConnection(socketserver.BaseRequestHandler, Party):
@@ -9364,6 +9446,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         self.backlog = 0  # bytes of it
         self._sent_at = 0.0
         self._events = 0  # that the relay looks for
+        self._more = False  # another request may have come already
         self._deadline = math.inf
         self._on_deadline: Callable[[], None] = self.close
         self._body_deadline = math.inf
@@ -9386,16 +9469,25 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         if self.server.draining:
             self.close()
             return
-        self._until(self.server.limits.idle_seconds, self.close)
+        self._until(self.server.limits.idle_seconds, self._idle_too_long)
         self._listen()
 
     def _until(self, seconds: float, then: Callable[[], None]) -> None:
         self._deadline, self._on_deadline = time.monotonic() + seconds, then
         self.server.relay.remind(self._deadline, self)
 
+    def _idle_too_long(self) -> None:
+        """Nothing has come; but the last answer may still be going out, which has its own limit."""
+        if self._out:
+            self._until(self.server.limits.idle_seconds, self._idle_too_long)
+        else:
+            self.close()
+
     def _listen(self) -> None:
         """Tell the relay what to look for."""
-        early = self._exchange is not None and len(self._reader) > _PROMPT_BYTES
+        leaving = self._ending and self._lingering is None
+        busy = self._exchange is not None or self._more or leaving
+        early = busy and len(self._reader) > PROMPT_BYTES
         events = 0 if early or self.gone else selectors.EVENT_READ
         events |= selectors.EVENT_WRITE if self._out else 0
         if events != self._events and not self.closed:
@@ -9411,6 +9503,8 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
             self._flush()
             if self._exchange and self.backlog <= _FULL:
                 self._exchange.relieved()
+            elif self._more:
+                self._read_on()
         if self._events & selectors.EVENT_READ and not self.closed:
             self._receive()
 
@@ -9442,7 +9536,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
             burst = self._received() if held_by_tls else None
         if burst == b"":
             self._hung_up()
-        elif self._exchange or self._ending:
+        elif self._exchange or self._ending or self._more:
             self._listen()
         else:
             self._read_on()
@@ -9458,8 +9552,9 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
 
     def _read_on(self) -> None:
         """Read the next request as far as it has come."""
-        if self._exchange or self._ending or self.closed:
+        if self._exchange or self._ending or self.closed or self.backlog > _FULL:
             return
+        self._more = False
         try:
             if self._head is None:
                 self._read_head()
@@ -9470,6 +9565,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         if body is None:
             if self._head:
                 self._await_body()
+            self._listen()
             return
         self._deadline = math.inf
         self._exchange_begins(body)
@@ -9479,7 +9575,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         head = self._reader.head() if len(self._reader) else None
         if head is None:
             if not len(self._reader):
-                self._until(limits.idle_seconds, self.close)
+                self._until(limits.idle_seconds, self._idle_too_long)
             elif self._on_deadline != self._too_slow or self._deadline == math.inf:
                 self._until(limits.head_seconds, self._too_slow)
             return
@@ -9654,15 +9750,16 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
             )
             self.server.log_request(record)
         self._key_name = self._request_id = ""
-        self._listen()
+        self._more = self._open and len(self._reader) > 0
         if self.gone:
             self.close()
         elif not self._open:
             self._end()
-        elif len(self._reader):
+        elif self._more:
             self.server.relay.soon(self, self._read_on)
         else:
-            self._until(self.server.limits.idle_seconds, self.close)
+            self._until(self.server.limits.idle_seconds, self._idle_too_long)
+        self._listen()
 
     def _end(self) -> None:
         self._ending = True
@@ -9673,6 +9770,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         """Read on for a moment: closing with unread bytes would destroy the answer on its way."""
         if self._lingering is None and not self.closed:
             self._lingering = _LINGER_BYTES
+            self._reader = RequestReader(self.server.limits)
             with contextlib.suppress(OSError, ValueError):
                 if isinstance(self.request, ssl.SSLSocket):
                     self.request.unwrap()  # says close_notify; does not wait for the other's
@@ -9684,8 +9782,8 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
     def drain(self) -> None:
         """The server is about to stop: no more requests."""
         self._open = False
-        if self._exchange is None and self._head is None:
-            self.close()
+        if self._exchange is None and self._head is None and not self._ending:
+            self._end()
 
     def cut(self) -> None:
         """The server cannot wait any longer."""
@@ -9699,7 +9797,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
     def close(self) -> None:
         """Close the connection."""
         if not self.closed:
-            self.closed = True
+            self.closed, self._on_deadline = True, _nothing
             self.server.relay.unwatch(self.request)
             with contextlib.suppress(OSError):  # wakes a worker that still has it
                 socket.socket.shutdown(self.request, socket.SHUT_RDWR)
@@ -9712,7 +9810,8 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
     @property
     def idle(self) -> bool:
         """Whether it waits for the next request, and not a byte of it has come."""
-        return not (self._exchange or self._head or self._ending or len(self._reader))
+        busy = self._exchange or self._head or self._ending or self._out
+        return not (busy or len(self._reader))
 
     def abort(self) -> None:
         """Close at once."""
@@ -9762,6 +9861,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._id_prefix, self._id_numbers = f"shim_{secrets.token_hex(8)}", itertools.count(1)
         self.gate = Gate(limits)
         self.workers = Workers(limits.max_workers)
+        app.later = self.workers.submit
         self._host = host
         self.address_family = address_family(host)
         super().__init__((host, port), ClientConnection, bind_and_activate=False)
@@ -10886,6 +10986,7 @@ def reconfigure(server: Server, settings: Settings, environment: Dict[str, str])
     credential, fallback = payers_from(settings, environment, app.log)
     app.credential, app.policy = credential, policy_from(settings, keys, fallback)
     server.limits = server.gate.limits = limits_from(settings)
+    server.relay.call(server.gate, server.gate.advance)
     for payer in former:
         payer.close()
     for payer in app.payers():
@@ -10918,8 +11019,8 @@ def descriptor_limit() -> int:
     """Return how many files and sockets may be open, after raising it as far as that is free."""
     try:
         import resource
-    except ImportError:  # Windows has no such limit
-        return 20_000
+    except ImportError:  # Windows, where a selector takes 512 sockets
+        return 512
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
     if soft != resource.RLIM_INFINITY and soft < wanted:

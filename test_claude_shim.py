@@ -15070,15 +15070,20 @@ def a_store(place: str = "memory", clock: Optional[Clock] = None) -> Iterator[sh
         yield store
 
 
+def kept(store: shim.ResponseStore, *response: Any) -> None:
+    store.put(*response)
+    store.save()
+
+
 def test_store_forgets_what_nobody_used_for_a_day() -> None:
     clock = Clock()
     with a_store(clock=clock) as store:
-        store.put("ann", [], stored("r1"))
-        store.put("ann", [], stored("r2"))
+        kept(store, "ann", [], stored("r1"))
+        kept(store, "ann", [], stored("r2"))
         clock.now += 20 * 3600
         assert store.response("ann", "r1") == stored("r1")
         clock.now += 5 * 3600
-        store.put("ann", [], stored("r3"))
+        kept(store, "ann", [], stored("r3"))
         assert store.response("ann", "r1") == stored("r1")
         assert store.response("ann", "r2") is None
         assert store.item("ann", "msg_r2") is None
@@ -15090,25 +15095,25 @@ def test_store_forgets_the_least_lately_used_when_it_is_full() -> None:
         store.max_bytes = 3000
         for number in range(4):
             clock.now += 1
-            store.put("ann", [], stored(f"r{number}", text="x" * 600))
+            kept(store, "ann", [], stored(f"r{number}", text="x" * 600))
         clock.now += 1
         assert store.response("ann", "r0") is not None
         clock.now += 1
-        store.put("ann", [], stored("r4", text="x" * 600))
-        kept = [store.response("ann", f"r{number}") is not None for number in range(5)]
-    assert kept == [True, False, True, True, True]
+        kept(store, "ann", [], stored("r4", text="x" * 600))
+        found = [store.response("ann", f"r{number}") is not None for number in range(5)]
+    assert found == [True, False, True, True, True]
 
 
 def test_store_keeps_all_of_a_conversation_that_goes_on() -> None:
     clock = Clock()
     with a_store(clock=clock) as store:
-        store.put("ann", [{"n": 1}], stored("r1"))
-        store.put("ann", [{"n": 2}], stored("r2", "r1"))
+        kept(store, "ann", [{"n": 1}], stored("r1"))
+        kept(store, "ann", [{"n": 2}], stored("r2", "r1"))
         for number in range(3, 9):
             clock.now += 20 * 3600
             expected = [{"n": 1}, *stored("r1")["output"], {"n": 2}, *stored("r2")["output"]]
             assert store.history("ann", "r2") == expected
-            store.put("ann", [], stored(f"r{number}"))
+            kept(store, "ann", [], stored(f"r{number}"))
         assert store.delete("ann", "r1")
         assert store.history("ann", "r2") is None
 
@@ -15116,7 +15121,7 @@ def test_store_keeps_all_of_a_conversation_that_goes_on() -> None:
 def test_store_in_a_file_lasts_and_is_for_its_owner_only(tmp_path: Path) -> None:
     file = tmp_path / "responses.db"
     with a_store(str(file)) as store, a_store(str(file)) as beside:
-        store.put("ann", [{"n": 1}], stored("r1"))
+        kept(store, "ann", [{"n": 1}], stored("r1"))
         assert beside.history("ann", "r1") == [{"n": 1}, *stored("r1")["output"]]
         if os.name == "posix":
             modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
@@ -15151,15 +15156,15 @@ def test_store_takes_requests_at_the_same_time() -> None:
 
         def put(number: int) -> None:
             for n in range(20):
-                store.put("ann", [], stored(f"r{number}_{n}"))
+                kept(store, "ann", [], stored(f"r{number}_{n}"))
 
         threads = [threading.Thread(target=put, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        kept = [store.response("ann", f"r{a}_{b}") is not None for a in range(4) for b in range(20)]
-    assert all(kept)
+        found = [store.response("ann", f"r{a}_{b}") for a in range(4) for b in range(20)]
+    assert None not in found
 
 
 # --- the key of the envelopes
@@ -17855,7 +17860,7 @@ def test_request_whose_turn_does_not_come_is_refused(
 def test_gate_lets_in_so_many_in_a_second() -> None:
     class Queued(shim.Exchange):
         def __init__(self) -> None:
-            self.relay = shim.Relay(lambda error, where: None)
+            self.relay = relay
 
         def begin(self) -> None:
             begun.append(self)
@@ -17863,6 +17868,11 @@ def test_gate_lets_in_so_many_in_a_second() -> None:
         def wait_for_turn(self) -> None:
             pass
 
+    class Prompt(shim.Relay):
+        def soon(self, party: shim.Party, function: Callable[[], None]) -> None:
+            function()
+
+    relay = Prompt(lambda error, where: None)
     begun: List[shim.Exchange] = []
     gate = shim.Gate(shim.ServerLimits(requests_per_second=2.0))
     asked = [Queued() for _ in range(4)]
@@ -17872,8 +17882,72 @@ def test_gate_lets_in_so_many_in_a_second() -> None:
     now = time.monotonic()
     assert now < gate.tick(now) <= now + 0.5
     gate.tick(now + 0.5)
-    for exchange in asked:
-        exchange.relay.stop()
+    assert begun == asked[:3]
+    relay.stop()
+
+
+def test_many_that_wait_and_are_answered_at_once_all_get_their_turn() -> None:
+    go = threading.Event()
+    with (
+        FakeUpstream([BEGUN, go, in_chunks(LAST_EVENTS) + LAST_CHUNK]) as fake,
+        waiting_server(fake, max_concurrent=1) as server,
+        RawClient(server) as first,
+        contextlib.ExitStack() as stack,
+    ):
+        first.send(POST_CHAT)
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        waiting = [stack.enter_context(RawClient(server)).send(HEALTH) for _ in range(300)]
+        go.set()
+        assert_whole_chat(first.answer())
+        assert {client.answer().status for client in waiting} == {200}
+
+
+def test_rate_limit_lets_those_in_who_wait_behind_a_long_answer() -> None:
+    with (
+        FakeUpstream([WHOLE_STREAM]) as fake,
+        waiting_server(fake, max_concurrent=1, requests_per_second=20.0) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(RawClient(server)).send(POST_CHAT) for _ in range(30)]
+        assert {client.answer().status for client in clients} == {200}
+
+
+def test_flood_of_pipelined_requests_is_held_back_and_answered_in_order() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    with shim.Server(app) as server, RawClient(server) as flood, RawClient(server) as other:
+        sender = threading.Thread(target=flood.send, args=(HEALTH * 30_000,))
+        sender.start()
+        assert other.send(HEALTH).answer().status == 200
+        assert max(connection.backlog for connection in server.connections) < 1 << 20
+        for _ in range(30_000):
+            assert flood.answer().status == 200
+        sender.join()
+
+
+def test_large_request_to_an_upstream_that_does_not_read_holds_up_nobody() -> None:
+    body = {**ASKED, "n": 2, "messages": [{"role": "user", "content": "x" * (8 << 20)}]}
+    with (
+        FakeUpstream([EARLY, WHOLE_STREAM, UNTIL_GONE], [WHOLE_STREAM]) as fake,
+        shim.Server(app_before(fake.url)) as server,
+        RawClient(server) as large,
+        RawClient(server) as small,
+    ):
+        large.send(raw_post("/v1/chat/completions", {**body, "stream": False}))
+        for _ in range(20):
+            assert small.send(HEALTH).answer().status == 200
+
+
+def test_count_that_is_answered_by_events_holds_up_nobody() -> None:
+    with (
+        FakeUpstream([BEGUN, UNTIL_GONE]) as fake,
+        shim.Server(app_before(fake.url)) as server,
+        RawClient(server) as counting,
+        RawClient(server) as small,
+    ):
+        asked = {"model": "sonnet", "input": "hi"}
+        counting.send(raw_post("/v1/responses/input_tokens", asked))
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        assert small.send(HEALTH).answer().status == 200
 
 
 def test_slow_reader_holds_back_its_own_upstream_and_nobody_else() -> None:
@@ -17916,6 +17990,68 @@ def test_work_that_takes_long_does_not_hold_up_other_requests() -> None:
         assert_whole_chat(quick.send(POST_CHAT).answer())
         go.set()
         assert slow.answer().status == 200
+
+
+def test_client_that_leaves_while_a_worker_has_its_request_frees_its_place() -> None:
+    go, begun = threading.Event(), threading.Event()
+
+    class Stuck(ScriptedUpstream):
+        def send(self, request: shim.UpstreamRequest) -> shim.UpstreamResponse:
+            begun.set()
+            assert go.wait(PATIENCE)
+            return super().send(request)
+
+    app = shim.App(Stuck(streamed(*TEXT_EVENTS)), policy=shim.Policy(live_models=False))
+    limits = shim.ServerLimits(max_concurrent=1)
+    with shim.Server(app, limits=limits) as server, RawClient(server) as other:
+        with RawClient(server) as leaving:
+            leaving.send(POST_CHAT)
+            assert begun.wait(PATIENCE)
+        assert other.send(HEALTH).answer().status == 200
+        go.set()
+        assert_whole_chat(other.send(POST_CHAT).answer())
+
+
+def test_upload_after_the_last_answer_is_not_kept() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    with shim.Server(app) as server, RawClient(server) as client:
+        client.send(b"POST /v1/messages HTTP/1.1\r\nHost: a\r\nContent-Length: 9000000\r\n\r\n")
+        assert client.answer().status == 403
+        with contextlib.suppress(OSError):
+            for _ in range(200):
+                client.send(bytes(100_000))
+        assert sum(len(connection._reader) for connection in list(server.connections)) < 1 << 20
+
+
+def test_new_limits_count_for_those_who_wait() -> None:
+    with (
+        FakeUpstream([BEGUN, UNTIL_GONE], [WHOLE_STREAM]) as fake,
+        waiting_server(fake, max_concurrent=1) as server,
+        RawClient(server) as first,
+        RawClient(server) as second,
+    ):
+        first.send(POST_CHAT)
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        second.send(POST_CHAT)
+        server.gate.limits = server.gate.limits._replace(max_concurrent=2)
+        while not fake.asked.acquire(timeout=0.01) or len(fake.requests) < 2:
+            server.relay.call(server.gate, server.gate.advance)
+        assert_whole_chat(second.answer())
+
+
+def test_log_that_nobody_reads_stops_no_answer() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    read, write = os.pipe()
+    with open(read, "rb"), open(write, "w", encoding="ascii") as pipe:
+        app.log = shim.Log(pipe)
+        with shim.Server(app) as server, RawClient(server) as client:
+            for _ in range(2_000):
+                client.send(HEALTH).answer()
+        os.set_blocking(read, False)
+        while os.read(read, 1 << 16).endswith(b"\n") and not app.log._takes_a_line():
+            pass
+        app.log.write("then")
+        assert b" lines were lost\nthen\n" in os.read(read, 1 << 20)
 
 
 # --- other listeners
@@ -18010,6 +18146,29 @@ def test_stop_lets_running_answers_end_and_says_so_to_health_checks() -> None:
             assert_whole_chat(client.answer())
             stopping.join(PATIENCE)
             assert not stopping.is_alive()
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        case("when the server stops", {"drain_seconds": 60.0}),
+        case("when the idle limit is short", {"idle_seconds": 0.01}),
+    ],
+)
+def test_answer_that_is_still_going_out_is_not_cut(limits: JSON) -> None:
+    large = json.dumps({"id": "msg_1", "padding": "x" * (24 << 20)}).encode()
+    head = (
+        f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(large)}\r\n\r\n"
+    )
+    with FakeUpstream([head.encode() + large]) as fake:
+        server = shim.Server(app_before(fake.url), limits=shim.ServerLimits(**limits)).start()
+        with RawClient(server) as client:
+            client.send(raw_post("/v1/messages", {**ASKED, "stream": False})).until(b"padding")
+            stopping = threading.Thread(target=server.stop)
+            stopping.start()
+            rest = client.rest()
+            stopping.join(PATIENCE)
+        assert rest.endswith((b'x"}', LAST_CHUNK))
 
 
 def test_answer_that_does_not_end_in_time_is_cut_by_an_error_s4_b28() -> None:

@@ -229,9 +229,7 @@ async def broken() -> None:
     for api in APIS:
         for mark in ("error-midstream", "cut", "cut-clean"):
             async with model_of(api) as model:
-                running = Runner.run_streamed(
-                    Agent("a", model=model), f"[[{mark}]] a longer text"
-                )
+                running = Runner.run_streamed(Agent("a", model=model), f"[[{mark}]] a longer text")
                 try:
                     async for _ in running.stream_events():
                         pass
