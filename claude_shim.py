@@ -5761,6 +5761,7 @@ def _checked_code(code: str) -> str:
 # when the client hangs up.
 
 MAX_HEAD_BYTES = 64 << 10
+_MOST_INTERIM = 100
 _BURST = 256 << 10
 _PIECE = 64 << 10
 
@@ -5809,8 +5810,7 @@ class ClientWatch:
         """Return whether `sock` became readable in time; ClientGone as soon as the client left."""
         deadline = time.monotonic() + timeout
         while True:
-            if self._sock is not None and self._sock.fileno() < 0:
-                raise ClientGone()
+            self._check_open()
             watched = [s for s in (sock, self._sock) if s is not None]
             ready = readable(watched, deadline - time.monotonic()) if watched else []
             if self._sock in ready:
@@ -5826,12 +5826,17 @@ class ClientWatch:
         """Return whether `sock` takes bytes in time; ClientGone as soon as the client left."""
         deadline = time.monotonic() + timeout
         while True:
+            self._check_open()
             watched = [self._sock] if self._sock is not None else []
             ready = ready_of(watched, [sock], deadline - time.monotonic())
             if self._sock in ready:
                 self._look()
             if sock in ready or time.monotonic() >= deadline:
                 return sock in ready
+
+    def _check_open(self) -> None:
+        if self._sock is not None and self._sock.fileno() < 0:
+            raise ClientGone()
 
     def _look(self) -> None:
         """Bytes are the next request, sent early: then there is nothing more to see here."""
@@ -6039,7 +6044,7 @@ class UpstreamConnection(Source):
         self._persistent = True
         self._given_back = False
         self._finished = False
-        self._begun = False  # a head of 1xx has come
+        self._interim = 0  # heads of 1xx that have come
         self.head_deadline = 0.0
 
     def begin(self, request: UpstreamRequest) -> None:
@@ -6085,9 +6090,11 @@ class UpstreamConnection(Source):
             status, headers = parsed_response_head(self._buffer[:end])
             self._persistent = self._buffer.startswith(b"HTTP/1.1")
             self._buffer = self._buffer[end + 4 :]
-            self._begun = True
-            if status >= 200:  # else 100 Continue, 103 Early Hints
+            if status >= 200:
                 return self._framed(status, headers)
+            self._interim += 1  # 100 Continue, 103 Early Hints
+            if self._interim > _MOST_INTERIM:
+                raise UpstreamCutError("upstream sends interim answers and no other")
         if len(self._buffer) > MAX_HEAD_BYTES:
             raise UpstreamCutError("upstream sent an endless response head")
         return None
@@ -6104,7 +6111,7 @@ class UpstreamConnection(Source):
             if burst == b"":
                 raise ConnectionResetError("upstream closed the connection without an answer")
         except (ConnectionError, ssl.SSLError) as error:
-            if self._begun or self._buffer:  # then it may have acted on the request
+            if self._interim or self._buffer:  # then it may have acted on the request
                 raise UpstreamCutError(f"upstream broke off in the head: {error}") from None
             raise
         return burst
@@ -8676,6 +8683,11 @@ class RequestReader:
     def __len__(self) -> int:
         return self._size
 
+    @property
+    def in_chunks(self) -> bool:
+        """Whether the body that is read comes in chunks."""
+        return self._chunks is not None and not self._chunks.done
+
     def feed(self, burst: bytes) -> None:
         """Take bytes as they come."""
         self._pieces.append(burst)
@@ -8768,6 +8780,7 @@ class Relay:
         self._watched: Set[socket.socket] = set()
         self._calls: Deque[Tuple[Party, Callable[[], None]]] = deque()
         self._due: List[Tuple[float, int, Party]] = []  # a heap
+        self._enough = 1000  # entries, before those are left out that count no more
         self._numbers = itertools.count()
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
@@ -8822,6 +8835,10 @@ class Relay:
         """Have `party` asked what is due at a time, or earlier."""
         if when < party.armed:
             party.armed = when
+            if len(self._due) >= self._enough:
+                self._due = [entry for entry in self._due if entry[0] == entry[2].armed]
+                heapq.heapify(self._due)
+                self._enough = max(1000, 2 * len(self._due))
             heapq.heappush(self._due, (when, next(self._numbers), party))
 
     def _run(self) -> None:
@@ -9544,7 +9561,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
     def _received(self) -> Optional[bytes]:
         """What came; None when nothing did, b"" when the client hung up."""
         try:
-            return self.request.recv(_READ_BYTES)
+            return self.request.recv(_CHUNKED_READ if self._reader.in_chunks else _READ_BYTES)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         except OSError:
@@ -9797,7 +9814,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
     def close(self) -> None:
         """Close the connection."""
         if not self.closed:
-            self.closed, self._on_deadline = True, _nothing
+            self.closed, self._on_deadline, self.armed = True, _nothing, math.inf
             self.server.relay.unwatch(self.request)
             with contextlib.suppress(OSError):  # wakes a worker that still has it
                 socket.socket.shutdown(self.request, socket.SHUT_RDWR)
@@ -9822,7 +9839,8 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
 
 
 _NO_HEAD = Head("-", "/", 1, {})  # of a request that could not be read
-_READ_BYTES = 256 << 10
+_READ_BYTES = 64 << 10
+_CHUNKED_READ = 16 << 10  # which may be thousands of chunks, while others wait
 _LINGER_BYTES = 1 << 20
 _LINGER_SECONDS = 1.0
 
