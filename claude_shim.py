@@ -8954,6 +8954,7 @@ class Gate(Party):
             exchange.relay.remind(self._next_start, self)
         else:
             self._start(exchange)
+            exchange.begin()
 
     def _open(self, now: float) -> bool:
         return len(self._running) < self.limits.max_concurrent and now >= self._next_start
@@ -8964,7 +8965,6 @@ class Gate(Party):
             pause = 1 / self.limits.requests_per_second
             saved = time.monotonic() - max(0.0, 1.0 - pause)  # at most a second's worth at once
             self._next_start = max(self._next_start, saved) + pause
-        exchange.relay.soon(exchange, exchange.begin)  # it may be over at once, and leave
 
     def leave(self, exchange: Exchange) -> None:
         """Forget an exchange that is over, or that nobody waits for any longer."""
@@ -8978,7 +8978,9 @@ class Gate(Party):
 
     def tick(self, now: float) -> float:
         while self._waiting and self._open(now):
-            self._start(self._waiting.popitem(last=False)[0])
+            exchange = self._waiting.popitem(last=False)[0]
+            self._start(exchange)
+            exchange.relay.soon(exchange, exchange.begin)  # it may be over at once, and leave
         return self._next_start if self._waiting and self._next_start > now else math.inf
 
 
