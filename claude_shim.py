@@ -385,6 +385,11 @@ _TOO_LONG = re.compile(r"prompt is too long|exceed context limit|maximum context
 _NO_CREDIT = re.compile(r"credit balance is too low|specified API usage limits")
 
 
+def has_no_credit(message: str) -> bool:
+    """Return whether a 400 means that there is nothing left to pay with."""
+    return bool(_NO_CREDIT.search(message))
+
+
 def openai_error(error: ShimError) -> Tuple[int, JSON]:
     """Return the status and the body of `error` for a client that speaks OpenAI's API."""
     default = (
@@ -398,7 +403,7 @@ def openai_error(error: ShimError) -> Tuple[int, JSON]:
         # Roo, Cline and LiteLLM look for these words, Codex and LangChain for the code.
         message += " (prompt is too long: this model's maximum context length is exceeded)"
         code, param = "context_length_exceeded", param or "messages"
-    elif error.status == 400 and _NO_CREDIT.search(message):
+    elif error.status == 400 and has_no_credit(message):
         status, type_, code = OPENAI_ERRORS[402]
     elif error.status == 401:
         message = f"Incorrect API key provided: {message}"  # LiteLLM knows a 401 by these words
@@ -8136,7 +8141,9 @@ class App:
             response = yield from _authorized(self.credential, call, shown, retries)
             if response.status not in PAYER_REFUSED:
                 return response
-            read_error_body(response)
+            body = read_error_body(response)
+            if response.status == 400 and not has_no_credit(body.decode("utf-8", "replace")):
+                return response._replace(source=BytesSource(body))
         response = yield from _authorized(fallback, call, shown, retries)
         billing = (BILLING_HEADER, fallback.describe().kind)
         return response._replace(headers=[*response.headers, billing])
@@ -8269,8 +8276,8 @@ def item_page(items: Sequence[JSON], target: str) -> JSON:
     return {**one_page(page), "has_more": end < len(ordered)}
 
 
-# What upstream answers when the payer is refused or has nothing left.
-PAYER_REFUSED = frozenset({401, 402, 403, 429})
+# What upstream answers when the payer is refused or has nothing left; 400 if it says so.
+PAYER_REFUSED = frozenset({400, 401, 402, 403, 429})
 BILLING_HEADER = "x-claude-shim-billing"
 
 
@@ -8373,9 +8380,9 @@ def parsed_or_none(body: bytes) -> Any:
 # ----------------------------------------------------------------------
 # 13. HTTP server                                    uses: 0 1 4 9 11 12
 # ----------------------------------------------------------------------
-# Bytes -> Request, Response -> bytes. The accept loop and a thread a connection are the standard
-# library's; reading a request is ours (RFC 9112), because its parser loses header fields, knows no
-# chunked bodies and takes an unread body for the next request.
+# Bytes -> Request, Response -> bytes. The accept loop is the standard library's; one thread, the
+# relay, carries the bytes of all connections. Reading a request is ours (RFC 9112), because the
+# standard library's parser loses header fields and takes an unread body for the next request.
 
 
 class ServerLimits(NamedTuple):
@@ -9488,7 +9495,9 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         if self.server.draining:
             self.close()
             return
-        self._until(self.server.limits.idle_seconds, self._idle_too_long)
+        limits = self.server.limits
+        first = limits.head_seconds if self.server.tls else limits.idle_seconds  # of the handshake
+        self._until(first, self._idle_too_long)
         self._listen()
 
     def _until(self, seconds: float, then: Callable[[], None]) -> None:

@@ -15895,7 +15895,20 @@ BROKE = [
     case("it has no credit", refused(402, "billing_error", "no")),
     case("it may not", refused(403, "permission_error", "no")),
     case("it is used up", refused(429, "rate_limit_error", "no")),
+    case(
+        "it is empty",
+        refused(400, "invalid_request_error", "Your credit balance is too low to access the API."),
+    ),
 ]
+
+
+def test_request_that_is_wrong_is_not_paid_for_twice() -> None:
+    second = shim.APIKey("sk-ant-api03-second", "the test")
+    for path in (MESSAGES, CHAT):
+        app, upstream = app_on(refused(400, "invalid_request_error", "odd"), fallback=second)
+        response = ask(app, path, QUESTION)
+        assert (response.status, answered(response)["error"]["message"]) == (400, "odd")
+        assert len(upstream.requests) == 1
 
 
 @pytest.mark.parametrize("broke", BROKE)
