@@ -5802,7 +5802,7 @@ def ready_of(
     return [sock for sock in (*readers, *writers) if sock.fileno() in ready]
 
 
-PROMPT_BYTES = 64 << 10  # are translated in a millisecond, and fit into a socket's buffer
+PROMPT_BYTES = 16 << 10  # are translated in some milliseconds, and fit into a socket's buffer
 
 
 class ClientWatch:
@@ -8398,6 +8398,7 @@ class ServerLimits(NamedTuple):
     write_seconds: float = 60.0  # a reader that takes nothing for that long is gone
     heartbeat_seconds: float = 15.0  # of upstream's silence, before the client hears something
     max_connections: int = 10_000
+    max_held: int = 512 << 20  # bytes of all bodies that are not whole yet
     max_workers: int = 64  # threads for what takes time before upstream answers
     max_concurrent: int = 256  # requests that are being answered
     max_waiting: int = 1024  # further ones, which wait for their turn
@@ -8672,6 +8673,9 @@ _PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
 _UNSAFE_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
+_MOST_PIECES = 1000  # small ones cost many times their size
+
+
 class RequestReader:
     """Requests out of the bytes of a connection: `feed` them, then take `head` and `body`.
 
@@ -8699,6 +8703,8 @@ class RequestReader:
         """Take bytes as they come."""
         self._pieces.append(burst)
         self._size += len(burst)
+        if len(self._pieces) > _MOST_PIECES:
+            self._pieces = [b"".join(self._pieces)]
 
     def _taken(self) -> bytes:
         buffer = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
@@ -8750,7 +8756,7 @@ class RequestReader:
         if sum(map(len, self._body)) > self._limits.max_body:
             raise too_large(self._limits.max_body)
         if not self._chunks.done:
-            self._body = [b"".join(self._body)] if len(self._body) > 1000 else self._body
+            self._body = [b"".join(self._body)] if len(self._body) > _MOST_PIECES else self._body
             return None
         self.feed(self._chunks.rest)
         return b"".join(self._body)
@@ -8912,8 +8918,13 @@ class Workers:
                 self._changed.notify()
                 return
             thread = threading.Thread(target=self._run, name="worker", daemon=True)
-            self._threads.append(thread)
-        thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # the system gives no more threads: the others do it
+                if not self._threads:
+                    raise
+            else:
+                self._threads.append(thread)
 
     def _run(self) -> None:
         while True:
@@ -8925,6 +8936,7 @@ class Workers:
                     return
                 work = self._work.popleft()
             work()
+            del work  # or it would keep its request until the next one
 
     def stop(self, seconds: float) -> None:
         """End the threads; those that are busy for longer are left behind."""
@@ -9473,6 +9485,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         self._sent_at = 0.0
         self._events = 0  # that the relay looks for
         self._more = False  # another request may have come already
+        self._held = 0  # bytes of a body that is not whole, as the server counts them
         self._deadline = math.inf
         self._on_deadline: Callable[[], None] = self.close
         self._body_deadline = math.inf
@@ -9587,14 +9600,15 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
             if self._head is None:
                 self._read_head()
             body = self._reader.body() if self._head else None
+            if self._head and body is None:
+                self._await_body()
         except ShimError as error:
             self._refuse(error)
             return
         if body is None:
-            if self._head:
-                self._await_body()
             self._listen()
             return
+        self._hold(0)
         self._deadline = math.inf
         self._exchange_begins(body)
 
@@ -9625,8 +9639,19 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _await_body(self) -> None:
+        self._hold(len(self._reader))
         left = self._body_deadline - time.monotonic()
         self._until(min(left, self.server.limits.body_pause_seconds), self._too_slow)
+
+    def _hold(self, size: int) -> None:
+        """Count the bytes of a body that is not whole; OverloadedError if all hold too many."""
+        self.server.held += size - self._held
+        self._held = size
+        if self.server.held > self.server.limits.max_held:
+            raise OverloadedError(
+                "too many large requests are on their way to claude_shim",
+                headers=[("retry-after", "5")],
+            )
 
     def _too_slow(self) -> None:
         self._refuse(RequestTimeoutError("the request did not come in time"))
@@ -9778,6 +9803,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
             )
             self.server.log_request(record)
         self._key_name = self._request_id = ""
+        self._hold(0)
         self._more = self._open and len(self._reader) > 0
         if self.gone:
             self.close()
@@ -9832,6 +9858,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
             with contextlib.suppress(OSError):
                 self.request.close()
             self.server.connections.pop(self, None)
+            self.server.held -= self._held
             if self.server.draining and not self.server.connections:
                 self.server.emptied.set()
 
@@ -9882,7 +9909,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.app, self.limits = app, limits
         self.allowed_hosts = frozenset(name.lower() for name in (*allowed_hosts, host))
         self.draining = False
-        self.connections: Dict[ClientConnection, None] = {}  # the relay's
+        self.connections: Dict[ClientConnection, None] = {}  # the relay's, as is what they hold:
+        self.held = 0
         self._stopped = False
         self._stopping = threading.Event()
         self.emptied = threading.Event()  # no connection is left, and none will come
@@ -9949,18 +9977,19 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self.app.log.once("note: connections wait, as too many are open already")
-                self.relay.call(Party(), self._close_idlest)
+                self.relay.call(Party(), self._close_idle)
                 self._stopping.wait(0.05)
             raise  # which socketserver takes for nothing to do
 
-    def _close_idlest(self) -> None:
+    def _close_idle(self) -> None:
         idle = [connection for connection in self.connections if connection.idle]
         for connection in idle[:16]:
             connection.close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a connection, without a thread of its own: the relay carries it."""
-        self.finish_request(request, client_address)
+        with contextlib.suppress(OSError):  # it was reset already
+            self.finish_request(request, client_address)
 
     def new_request_id(self) -> str:
         """Return an id that no other request has; random bytes are drawn once, as they are slow."""

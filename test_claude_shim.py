@@ -18036,6 +18036,23 @@ def test_upload_after_the_last_answer_is_not_kept() -> None:
         assert sum(len(connection._reader) for connection in list(server.connections)) < 1 << 20
 
 
+def test_bodies_that_are_on_their_way_have_a_limit_in_common() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    limits = shim.ServerLimits(max_held=300_000)
+    raw = raw_post("/v1/messages", bytes(200_000), "Expect: none")
+    with (
+        shim.Server(app, limits=limits) as server,
+        RawClient(server) as first,
+        RawClient(server) as second,
+        RawClient(server) as third,
+    ):
+        first.send(raw[:-1])
+        assert second.send(raw[:-1]).answer().status == 529
+        assert first.send(raw[-1:]).answer().status == 400
+        assert third.send(raw).answer().status == 400
+        assert server.held == 0
+
+
 def test_new_limits_count_for_those_who_wait() -> None:
     with (
         FakeUpstream([BEGUN, UNTIL_GONE], [WHOLE_STREAM]) as fake,
