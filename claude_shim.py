@@ -8051,7 +8051,8 @@ class App:
         counted = {k: v for k, v in fitted.request.items() if k in COUNTED_FIELDS}
         headers = self._upstream_headers(request, draft.betas, "application/json")
         path, body = "/v1/messages/count_tokens", dumps(counted)
-        response = yield UpstreamRequest("POST", path, headers, body, request.watch)
+        call = UpstreamRequest("POST", path, headers, body, request.watch)
+        response = yield from self._sent(call, request.headers)
         answer = object_or_empty(parsed_or_none(read_error_body(response)))
         told: JSON = {"object": "response.input_tokens"}
         if response.status in (403, 404, 405, 501):

@@ -14933,6 +14933,7 @@ def test_responses_count_input_tokens() -> None:
     assert json.loads(response.body) == told
     (request,) = upstream.requests
     assert request.path == "/v1/messages/count_tokens"
+    assert dict(request.headers)["x-api-key"] == "sk-ant-api03-upstream"
     assert json.loads(request.body) == {
         "model": OPUS,
         "system": [says("a")],
@@ -17295,6 +17296,24 @@ def test_upstream_connection_is_used_again_after_whole_streams() -> None:
         for raw in (POST_MESSAGES, POST_CHAT, POST_CHAT_AT_ONCE, POST_CHAT, POST_MESSAGES):
             assert client.send(raw).answer().status == 200
         assert (len(fake.requests), fake.connections) == (5, 1)
+
+
+def test_pause_that_comes_with_the_end_of_the_body_is_resumed() -> None:
+    go = threading.Event()
+    events, mark, rest = b"".join(PAUSED_ANSWER[2]).partition(b"event: message_delta")
+    begun = STREAM_HEAD + in_chunks(events)
+    end = in_chunks(mark + rest) + LAST_CHUNK  # nothing of it is for the client
+    resumed = STREAM_HEAD + in_chunks(*RESUMED[2]) + LAST_CHUNK
+    with (
+        FakeUpstream([begun, go, end], [resumed]) as fake,
+        shim.Server(app_before(fake.url)) as server,
+        RawClient(server) as client,
+    ):
+        client.send(raw_post("/v1/chat/completions", {**SEARCHING, "stream": True}))
+        client.until(b"\r\n\r\n")
+        shown = client.until(b"One ")
+        go.set()
+        assert said(unchunked(shown + client.until(LAST_CHUNK))) == "One two."
 
 
 def test_request_reaches_upstream_with_its_key_and_not_the_client_s() -> None:

@@ -103,7 +103,7 @@ def output_of(call: Any, output: Any = "18C") -> JSON:
 
 def dumped(items: Any) -> list[JSON]:
     """Output items as a client sends them back."""
-    return [item.model_dump(exclude_none=True) for item in items]
+    return [item.model_dump(exclude_none=True, warnings=False) for item in items]
 
 
 # --- the order of events --------------------------------------------------------------------------
