@@ -6664,13 +6664,20 @@ def _echo_block(index: int, block: JSON) -> Iterator[JSON]:
     if kind == "tool_use":
         pieces = [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
     else:
-        words = re.findall(r"\S+\s*|\s+", block[kind])
-        pieces = [{"type": f"{kind}_delta", kind: word} for word in words]
+        pieces = [{"type": f"{kind}_delta", kind: word} for word in _echo_words(block[kind])]
     if kind == "thinking":
         pieces.append({"type": "signature_delta", "signature": block["signature"]})
     for piece in pieces:
         yield {"type": "content_block_delta", "index": index, "delta": piece}
     yield {"type": "content_block_stop", "index": index}
+
+
+def _echo_words(text: str) -> List[str]:
+    """The text word by word; a long one, whose words would fill the memory, in 1,000 pieces."""
+    if len(text) <= 10_000:
+        return re.findall(r"\S+\s*|\s+", text)
+    size = math.ceil(len(text) / 1000)
+    return [text[start : start + size] for start in range(0, len(text), size)]
 
 
 def echo_tokens(body: JSON) -> int:
@@ -6765,15 +6772,16 @@ _NOT_PLAIN = re.compile(r"[^\x21-\x7e]")
 
 
 def _poll_of(stream: Optional[TextIO]) -> Optional[select.poll]:
-    """What says whether a stream can be written to; None where nothing does."""
-    if not hasattr(select, "poll"):
+    """What says whether a pipe or socket can be written to; None for what never waits."""
+    if stream is None or not hasattr(select, "poll"):
         return None
     poll = select.poll()
     try:
-        poll.register(stream.fileno() if stream else -1, select.POLLOUT)
+        mode = os.fstat(stream.fileno()).st_mode
+        poll.register(stream.fileno(), select.POLLOUT)
     except (OSError, ValueError):
         return None
-    return poll
+    return poll if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
 
 
 def log_line(record: Record) -> str:
@@ -8406,6 +8414,7 @@ class ServerLimits(NamedTuple):
     max_held: int = 512 << 20  # bytes of all bodies that are not whole yet
     max_workers: int = 64  # threads for what takes time before upstream answers
     max_concurrent: int = 256  # requests that are being answered
+    max_large: int = 4  # of them, with a body over 1 MiB and before upstream answers
     max_waiting: int = 1024  # further ones, which wait for their turn
     wait_seconds: float = 60.0  # that long
     requests_per_second: float = 0.0  # none: as many as come
@@ -8867,11 +8876,11 @@ class Relay:
                 self._guarded(key.data, key.data.abort)
 
     def _turn(self) -> None:
-        watched = self._selector.get_map()
-        for key, _ in self._selector.select(self._patience()):
+        ready, watched = self._selector.select(self._patience()), self._selector.get_map()
+        for key, _ in ready:
             if key.data is None:
                 self._wakened.recv(1 << 12)
-            elif watched.get(key.fd) == key:  # what came before it may have ended this one
+            elif len(ready) == 1 or watched.get(key.fd) == key:  # else what came before ended it
                 self._guarded(key.data, key.data.on_ready)
         for _ in range(len(self._calls)):
             self._guarded(*self._calls.popleft())
@@ -8956,43 +8965,58 @@ class Workers:
 class Gate(Party):
     """Lets so many requests upstream at a time, and so many in a second; the others wait in order.
 
-    For the relay's thread only.
+    Few large ones at a time, as each takes many times its size while it is translated: the small
+    ones overtake those. For the relay's thread only.
     """
 
     def __init__(self, limits: ServerLimits) -> None:
         self.limits = limits
         self._running: Set[Exchange] = set()
+        self._large: Set[Exchange] = set()  # of those that run, until upstream answers
         self._waiting: OrderedDict[Exchange, None] = OrderedDict()
         self._next_start = 0.0
 
     def enter(self, exchange: Exchange) -> None:
         """Begin an exchange now or when its turn comes; OverloadedError when too many wait."""
-        if self._waiting or not self._open(time.monotonic()):
-            if len(self._waiting) >= self.limits.max_waiting:
-                raise OverloadedError(
-                    "too many requests are waiting in claude_shim already",
-                    headers=[("retry-after", "1")],
-                )
-            self._waiting[exchange] = None
-            exchange.wait_for_turn()
-            exchange.relay.remind(self._next_start, self)
-        else:
+        now = time.monotonic()
+        if not self._waiting and self._open(now) and self._fits(exchange):
             self._start(exchange)
             exchange.begin()
+            return
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise OverloadedError(
+                "too many requests are waiting in claude_shim already",
+                headers=[("retry-after", "1")],
+            )
+        self._waiting[exchange] = None
+        exchange.wait_for_turn()
+        exchange.relay.remind(self.tick(now), self)
 
     def _open(self, now: float) -> bool:
         return len(self._running) < self.limits.max_concurrent and now >= self._next_start
 
+    def _fits(self, exchange: Exchange) -> bool:
+        return not exchange.large or len(self._large) < self.limits.max_large
+
     def _start(self, exchange: Exchange) -> None:
         self._running.add(exchange)
+        if exchange.large:
+            self._large.add(exchange)
         if self.limits.requests_per_second:
             pause = 1 / self.limits.requests_per_second
             saved = time.monotonic() - max(0.0, 1.0 - pause)  # at most a second's worth at once
             self._next_start = max(self._next_start, saved) + pause
 
+    def lighten(self, exchange: Exchange) -> None:
+        """Know that the request of an exchange takes up no memory any longer."""
+        if exchange in self._large:
+            self._large.remove(exchange)
+            exchange.relay.remind(self.tick(time.monotonic()), self)
+
     def leave(self, exchange: Exchange) -> None:
         """Forget an exchange that is over, or that nobody waits for any longer."""
         self._running.discard(exchange)
+        self._large.discard(exchange)
         self._waiting.pop(exchange, None)
         exchange.relay.remind(self.tick(time.monotonic()), self)
 
@@ -9002,12 +9026,16 @@ class Gate(Party):
 
     def tick(self, now: float) -> float:
         while self._waiting and self._open(now):
-            exchange = self._waiting.popitem(last=False)[0]
+            exchange = next(filter(self._fits, self._waiting), None)
+            if exchange is None:
+                break
+            del self._waiting[exchange]
             self._start(exchange)
             exchange.relay.soon(exchange, exchange.begin)  # it may be over at once, and leave
         return self._next_start if self._waiting and self._next_start > now else math.inf
 
 
+_LARGE = 1 << 20
 _TURN = 8  # bursts of one stream before others get their turn
 _FULL = 256 << 10  # bytes that a slow reader has not taken: then upstream is not read either
 _TAIL_SECONDS = 1.0  # for the last bytes of a body whose last event has come
@@ -9334,6 +9362,7 @@ class Exchange(Party):
         self.heartbeat_seconds = connection.server.limits.heartbeat_seconds
         self._request = request
         self._coding = coding  # of the request's body
+        self.large = len(request.body) > _LARGE
         self._errand = Errand(self.server, connection, self._conversation(), self._come)
         self._response = Response(0, [])
         self._pumps: List[Pump] = []
@@ -9386,6 +9415,7 @@ class Exchange(Party):
 
     def _respond(self, response: Response) -> None:
         self._response = response
+        self.server.gate.lighten(self)
         body = response.body
         if isinstance(body, Stream):
             streams = [body]

@@ -13198,6 +13198,14 @@ def test_echo_refuses_an_odd_body_instead_of_failing(fields: JSON) -> None:
     assert answered(response)["error"]["type"] == "invalid_request_error"
 
 
+def test_echo_of_a_long_text_makes_no_event_of_each_word() -> None:
+    text = "word " * 100_000
+    events = shim.echo_events({"messages": [{"role": "user", "content": text}]})
+    deltas = [e["delta"]["text"] for e in events if e["type"] == "content_block_delta"]
+    assert len(deltas) == 1000
+    assert "".join(deltas) == text
+
+
 # ----------------------------------------------------------------------
 # 11. Log
 # ----------------------------------------------------------------------
@@ -17906,10 +17914,29 @@ def test_request_whose_turn_does_not_come_is_refused(
         assert len(fake.requests) == 1
 
 
+def test_few_large_requests_run_at_a_time_and_small_ones_overtake_them() -> None:
+    go = threading.Event()
+    large = raw_post("/v1/messages", {**ASKED, "padding": "x" * (2 << 20)})
+    with (
+        FakeUpstream([go, WHOLE_STREAM], [WHOLE_STREAM]) as fake,
+        waiting_server(fake, max_large=1) as server,
+        RawClient(server) as first,
+        RawClient(server) as second,
+        RawClient(server) as small,
+    ):
+        first.send(large)
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        second.send(large)
+        assert_whole_chat(small.send(POST_CHAT).answer())
+        assert len(fake.requests) == 2
+        go.set()
+        assert first.answer().status == second.answer().status == 200
+
+
 def test_gate_lets_in_so_many_in_a_second() -> None:
     class Queued(shim.Exchange):
         def __init__(self) -> None:
-            self.relay = relay
+            self.relay, self.large = relay, False
 
         def begin(self) -> None:
             begun.append(self)
