@@ -9203,6 +9203,7 @@ class Errand(Party, Generic[Outcome]):
             self._head_came().drop()
         if not self._with_worker:
             self._conversation.close()
+            self._done = _nothing  # it holds whoever holds this
 
     def abort(self) -> None:
         self._keeper.abort()
@@ -9278,7 +9279,7 @@ class Pump(Party):
     def _told(self, error: Exception) -> ShimError:
         """What the client is told of an error; a fault of ours is logged."""
         if isinstance(error, ShimError):
-            return error
+            return error.with_traceback(None)  # which would hold this pump, and all that it read
         self._exchange.log_fault(error)
         return ShimError("claude_shim failed on this answer")
 
@@ -9527,7 +9528,7 @@ def never_begun(seconds: float) -> OverloadedError:
     )
 
 
-def _nothing() -> None:
+def _nothing(*outcome: object) -> None:
     pass
 
 

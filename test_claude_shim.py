@@ -11,6 +11,7 @@ import ast
 import base64
 import contextlib
 import copy
+import gc
 import gzip
 import hashlib
 import hmac
@@ -37,6 +38,7 @@ import time
 import tokenize
 import urllib.parse
 import urllib.request
+import weakref
 import zlib
 from pathlib import Path
 from typing import (
@@ -20398,6 +20400,28 @@ def test_fault_of_ours_in_a_stream_is_an_error_and_is_reported() -> None:
     assert not made.endswith(LAST_CHUNK)
     assert "KeyError at" in lines.getvalue()
     assert not stream.transform.complete
+
+
+def test_answer_that_failed_is_forgotten_without_the_garbage_collector() -> None:
+    class Large(shim.GatheringSink):
+        pass
+
+    sink = Large()
+    left = weakref.ref(sink)
+    source = ScriptedSource([sse(*TEXT_EVENTS[:4]), shim.UpstreamCutError("cut")])
+    stream = shim.Stream(source, shim.EventTransform(sink))
+    failed = shim.Response(502, [], b"{}")
+    app = FixedApp(shim.Response(200, [], shim.Gathered([stream], lambda: failed)), shim.Log())
+    del sink, stream
+    gc.disable()
+    try:
+        with shim.Server(app) as server, RawClient(server) as client:
+            assert client.send(POST_CHAT).answer().status == 502
+            app._response = failed
+            assert client.send(POST_CHAT).answer().status == 502
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 ODD_ENDS = [
