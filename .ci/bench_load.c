@@ -8,6 +8,8 @@
  * DIALECT says what comes back:
  *   chat      one JSON chat completion
  *   chunks    a chat completion stream, ended by "data: [DONE]"
+ *   response  one JSON Response
+ *   events    a Responses stream, ended by response.completed, which says the whole text again
  *   messages  a Messages stream, ended by message_stop
  * The answer's text must be the first DELTAS lines of PIECES (JSON strings, taken in turn), a
  * stream must bring it in just as many deltas, and it must end properly: anything else is shown on
@@ -29,7 +31,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum dialect { CHAT, CHUNKS, MESSAGES };
+enum dialect { CHAT, RESPONSE, CHUNKS, EVENTS, MESSAGES, DIALECTS };
+static const char *const DIALECT_NAMES[] = {"chat", "response", "chunks", "events", "messages"};
 enum framing { BY_LENGTH, BY_CHUNKS, BY_CLOSE };
 enum state { CONNECTING, SENDING, HEAD, BODY, CHUNK_SIZE, CHUNK_END, TRAILER, IDLE, CLOSED };
 enum { HEAD_ROOM = 1 << 16, FORM_ROOM = 1024, GRACE = 30 };
@@ -45,7 +48,7 @@ struct connection {
     char *body;                 /* decoded, not yet understood: an event's line, or all of JSON */
     size_t body_len, body_room;
     size_t text_at;             /* how much of the expected text has come */
-    long deltas, finishes, ends;
+    long deltas, finishes, ends, numbered;
     double began, first_text;
     char before[FORM_ROOM], after[FORM_ROOM];   /* what stood around the last delta's text */
     size_t before_len, after_len;
@@ -53,6 +56,7 @@ struct connection {
 
 static int port, poller;
 static enum dialect dialect;
+static int streamed;            /* whether that is a dialect of events */
 static char *request;
 static size_t request_len;
 static char *expected;
@@ -247,11 +251,50 @@ static int take_same_form(struct connection *c, const char *line, const char *en
     return 1;
 }
 
+/* A finished Response: in an answer of its own, or in the event that ends a stream. */
+static void take_response(struct connection *c, const char *at, const char *end)
+{
+    const char *status = string_of(at, end, "\"status\"");
+    if (!status || strncmp(status, "completed\"", 10)) fail(c, "status is not completed");
+    const char *part = memmem(at, (size_t)(end - at), "\"output_text\"", 13);
+    const char *text = part ? string_of(part, end, "\"text\"") : NULL;
+    if (!text) fail(c, "no output text in it");
+    c->text_at = 0;
+    if (!json_string(text, end, c, compare_text)) fail(c, "another text than expected");
+}
+
+/* An event of a Responses stream. Its number differs from the last one's: the form begins there. */
+static void take_event(struct connection *c, const char *line, const char *end)
+{
+    static const char number[] = "\"sequence_number\":";
+    const char *type = string_of(line, end, "\"type\"");
+    const char *at = memmem(line, (size_t)(end - line), number, sizeof number - 1);
+    char *rest;
+    if (!type || !at) fail(c, "an event without type or sequence_number");
+    if (strtol(at + sizeof number - 1, &rest, 10) != c->numbered++)
+        fail(c, "not the sequence_number that comes next");
+    if (!strncmp(type, "response.output_text.delta\"", 27)) {
+        if (take_same_form(c, rest, end)) return;
+        at = string_of(rest, end, "\"delta\"");
+        if (!at) fail(c, "a delta without text");
+        take_text(c, rest, end, at);
+    } else if (!strncmp(type, "response.output_text.done\"", 26)) c->finishes++;
+    else if (!strncmp(type, "response.completed\"", 19)) {
+        if (c->text_at != expected_len) fail(c, "text is missing");
+        take_response(c, line, end);
+        c->ends++;
+    }
+}
+
 static void take_line(struct connection *c, const char *line, const char *end)
 {
     if (end > line && end[-1] == '\r') end--;
     if (end - line < 6 || memcmp(line, "data: ", 6)) return;
     if (c->ends) fail(c, "an event after the end of the stream");
+    if (dialect == EVENTS) {
+        take_event(c, line, end);
+        return;
+    }
     if (take_same_form(c, line, end)) return;
     size_t len = (size_t)(end - line);
     const char *at;
@@ -290,7 +333,7 @@ static void take_body(struct connection *c, const char *at, size_t len)
     }
     memcpy(c->body + c->body_len, at, len);
     c->body_len += len;
-    if (dialect == CHAT) return;
+    if (!streamed) return;
     const char *line = c->body, *end = c->body + c->body_len, *newline;
     while ((newline = memchr(line, '\n', (size_t)(end - line)))) {
         take_line(c, line, newline);
@@ -310,13 +353,13 @@ static void check_whole(struct connection *c)
         if (!json_string(text, end, c, compare_text)) fail(c, "another text than expected");
         const char *finish = string_of(c->body, end, "\"finish_reason\"");
         if (!finish || strncmp(finish, "stop\"", 5)) fail(c, "finish_reason is not stop");
-        c->deltas = expected_deltas;
-    } else {
+    } else if (dialect == RESPONSE) take_response(c, c->body, c->body + c->body_len);
+    else {
         if (c->finishes != 1) fail(c, "not exactly one finish reason");
         if (c->ends != 1) fail(c, "the stream did not end as it must");
     }
     if (c->text_at != expected_len) fail(c, "text is missing");
-    if (c->deltas != expected_deltas) fail(c, "another number of deltas than upstream sent");
+    if (streamed && c->deltas != expected_deltas) fail(c, "another number of deltas than upstream sent");
 }
 
 /* ---- HTTP ---------------------------------------------------------------------------------- */
@@ -348,7 +391,7 @@ static void begin(struct connection *c)
 {
     c->began = now();
     c->sent = c->head_len = c->body_len = c->text_at = c->left = 0;
-    c->deltas = c->finishes = c->ends = 0;
+    c->deltas = c->finishes = c->ends = c->numbered = 0;
     c->first_text = 0;
     if (c->state == IDLE) {
         c->state = SENDING;
@@ -561,15 +604,16 @@ static void make_request(const char *path, const char *body_path)
 
 int main(int argc, char **argv)
 {
-    if (argc != 9) {
-        fprintf(stderr, "usage: bench_load PORT PATH chat|chunks|messages PIECES BODY DELTAS "
-                        "CONNECTIONS SECONDS\n");
+    while (argc == 9 && dialect < DIALECTS && strcmp(argv[3], DIALECT_NAMES[dialect])) dialect++;
+    if (argc != 9 || dialect == DIALECTS) {
+        fprintf(stderr, "usage: bench_load PORT PATH chat|response|chunks|events|messages PIECES "
+                        "BODY DELTAS CONNECTIONS SECONDS\n");
         return 2;
     }
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     signal(SIGPIPE, SIG_IGN);
     port = atoi(argv[1]);
-    dialect = !strcmp(argv[3], "chat") ? CHAT : !strcmp(argv[3], "chunks") ? CHUNKS : MESSAGES;
+    streamed = dialect >= CHUNKS;
     expected_deltas = atol(argv[6]);
     read_expected(argv[4]);
     make_request(argv[2], argv[5]);
