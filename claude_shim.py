@@ -5604,6 +5604,10 @@ class ClientKeys:
         """Return what must never be shown."""
         return [key.decode() for key in self._keys.values()]
 
+    def key_of(self, name: str) -> str:
+        """Return the key of a name; the name itself where there is none."""
+        return self._keys.get(name, name.encode()).decode()
+
     def stripped(self, client: Dict[str, str]) -> Dict[str, str]:
         """Return a request's headers without our own keys, which must never go upstream."""
         if not self._keys:
@@ -7987,10 +7991,10 @@ class App:
 
     def _owner(self, request: Request) -> str:
         """Who may see an answer again: the client key that was shown, or what paid for it."""
-        passed = isinstance(self.credential, Passthrough)
-        client = self.policy.client_keys.stripped(request.headers)
-        paid = self.credential.authorization(client) if passed else []
-        text = "\n".join([request.key_name, *(value for _, value in paid)])
+        passed, keys = isinstance(self.credential, Passthrough), self.policy.client_keys
+        paid = self.credential.authorization(keys.stripped(request.headers)) if passed else []
+        # Not the name: that of a key without one is its line, and lines move.
+        text = "\n".join([keys.key_of(request.key_name), *(value for _, value in paid)])
         return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
     def _keep(self, owner: str, draft: ResponsesDraft, response: JSON) -> None:

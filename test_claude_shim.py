@@ -11838,6 +11838,11 @@ def test_client_key_file_refused(text: str, message: str) -> None:
     assert str(caught.value) == message
 
 
+def test_key_of_a_name() -> None:
+    assert CLIENT_KEYS.key_of("line 9") == "line 9"
+    assert shim.ClientKeys({"line 1": "k1"}).key_of("line 1") == "k1"
+
+
 def test_client_key_file_does_not_lose_a_key_of_a_repeated_name() -> None:
     try:
         keys = shim.ClientKeys(shim.parsed_client_keys("ann k1\nann k2\n", "keys.txt"))
@@ -14827,6 +14832,15 @@ def test_responses_belong_to_the_key_that_asked() -> None:
             assert respond(app, {"input": [reference]}, owner).status == 400
         assert get(app, path, "ann").status == 200
     assert len(upstream.requests) == 1
+
+
+def test_responses_belong_to_the_key_and_not_to_its_line() -> None:
+    before, after = shim.ClientKeys({"line 1": "k1"}), shim.ClientKeys({"line 1": "new", "x": "k1"})
+    with closing_app(FINE, client_keys=before) as (app, _):
+        path = f"{RESPONSES}/{responded(app, {'input': 'secret'}, 'line 1')['id']}"
+        app.policy = app.policy._replace(client_keys=after)  # as SIGHUP does it
+        assert get(app, path, "line 1").status == 404
+        assert get(app, path, "x").status == 200
 
 
 def test_responses_belong_to_the_credential_that_was_passed_on() -> None:
