@@ -3710,6 +3710,8 @@ def _items(draft: ResponsesDraft, value: Any, path: str) -> None:
         where = f"{path}.{number}"
         whole = _dereferenced(draft, as_object(item, where), where)
         draft.items.extend([_full_message(whole)] if whole else [])
+    # One in the history was answered: else whoever goes on from there gets nothing but summaries.
+    draft.compacts = any(_item_type(item) == "compaction_trigger" for item in draft.items)
     items = [*draft.history, *draft.items]
     for number, item in enumerate(items):
         if _item_type(item) in ("additional_tools", "tool_search_output"):
@@ -3822,10 +3824,6 @@ def _compaction_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
     draft.turns.append(("user", text_block(text)))
 
 
-def _compaction_trigger(draft: ResponsesDraft, item: JSON, path: str) -> None:
-    draft.compacts = True
-
-
 def _configuration_update(draft: ResponsesDraft, item: JSON, path: str) -> None:
     for field, read in (("reasoning", _reasoning_field), ("text", _text_field)):
         if item.get(field) is not None:
@@ -3833,7 +3831,7 @@ def _configuration_update(draft: ResponsesDraft, item: JSON, path: str) -> None:
 
 
 def _read_before(draft: ResponsesDraft, item: JSON, path: str) -> None:
-    """The tools of this item were added before all items were read."""
+    """What this item says was taken in before all items were read."""
 
 
 INPUT_ITEMS: Dict[str, ItemReader] = {
@@ -3847,7 +3845,7 @@ INPUT_ITEMS: Dict[str, ItemReader] = {
     "tool_search_output": _search_item,
     "additional_tools": _read_before,
     "compaction": _compaction_item,
-    "compaction_trigger": _compaction_trigger,
+    "compaction_trigger": _read_before,
     "configuration_update": _configuration_update,
 }
 

@@ -14817,6 +14817,14 @@ def test_responses_that_failed_are_not_stored() -> None:
         assert get(app, f"{RESPONSES}/{made['id']}").status == 404
 
 
+def test_responses_go_on_after_a_compaction_and_do_not_compact_again() -> None:
+    with closing_app(FINE, FINE) as (app, _):
+        compacted = responded(app, {"input": [user("one"), {"type": "compaction_trigger"}]})
+        assert [item["type"] for item in compacted["output"]] == ["compaction"]
+        more = {"input": "two", "previous_response_id": compacted["id"]}
+        assert [item["type"] for item in responded(app, more)["output"]] == ["message"]
+
+
 def test_responses_belong_to_the_key_that_asked() -> None:
     with closing_app(FINE, **BOTH_KEYS) as (app, upstream):
         made = responded(app, {"input": "secret"}, "ann")
