@@ -8274,7 +8274,8 @@ def item_page(items: Sequence[JSON], target: str) -> JSON:
     ids = [item.get("id") for item in ordered]
     start = ids.index(after) + 1 if after in ids else 0
     limit = next(iter(query_values(target, "limit")), "20")
-    end = start + min(100, max(1, int(limit) if limit.isdecimal() else 20))
+    size = int(limit) if re.fullmatch("[0-9]{1,9}", limit) else 20
+    end = start + min(100, max(1, size))
     page = ordered[start:end]
     return {**one_page(page), "has_more": end < len(ordered)}
 

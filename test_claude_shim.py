@@ -15061,6 +15061,7 @@ PAGES = [
     case("after an unknown one", "?after=x", ["c", "b", "a"], False),
     case("nonsense", "?limit=-1&order=up", ["c", "b", "a"], False),
     case("no page at all", "?limit=0", ["c"], True),
+    case("more digits than Python converts", f"?limit={'9' * 5000}", ["c", "b", "a"], False),
 ]
 
 
