@@ -11404,9 +11404,13 @@ def logout(call: Call) -> int:
     if not os.path.exists(path):
         call.terminal.say(f"There is no login in {path}.")
         return 0
-    with locked_login(path):
-        fault = _revoked(call, parsed_bundle(read_secret_file(path), path))
-        os.unlink(path)
+    try:
+        with locked_login(path):
+            finish_write(path, parsed_bundle)  # the tokens in force, if a renewal was killed
+            fault = _revoked(call, parsed_bundle(read_secret_file(path), path))
+            os.unlink(path)
+    except (OSError, ShimError) as error:
+        raise ConfigError(f"{path} could not be deleted: {error}") from None
     call.terminal.say(f"Deleted {path}.")
     if fault:
         advice = "They end by themselves, or at once if you log out everywhere at claude.ai."

@@ -19606,6 +19606,29 @@ def test_logout_without_a_network_deletes_all_the_same(tmp_path: Path) -> None:
     assert "The tokens were not revoked: cannot reach upstream" in user.said[1]
 
 
+def test_logout_takes_along_what_a_killed_renewal_left(tmp_path: Path) -> None:
+    path, user = tmp_path / "oauth.json", ScriptedUser()
+    for name, token in (("oauth.json", "old"), ("oauth.json.new", "new")):
+        text = json.dumps({"access_token": "a", "refresh_token": token})
+        shim.write_secret_file(str(tmp_path / name), text)
+    with FakeUpstream([json_bytes({}, "200 OK")]) as fake:
+        given = ["--bundle", str(path), "--token-url", f"{fake.url}/v1/oauth/token"]
+        assert shim.logout(command_call(user, *given)) == 0
+        assert posted(fake)["token"] == "new"
+    assert not path.exists()
+    assert not path.with_name("oauth.json.new").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="O_NOFOLLOW is of POSIX")
+def test_logout_that_gets_no_lock_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "oauth.json"
+    shim.write_secret_file(str(path), BUNDLE)
+    os.symlink("elsewhere", f"{path}.lock")
+    with pytest.raises(shim.ConfigError, match="could not be deleted: cannot open"):
+        shim.logout(command_call(ScriptedUser(), "--bundle", str(path)))
+    assert path.exists()
+
+
 def test_logout_without_a_login_is_none(tmp_path: Path) -> None:
     path, user = tmp_path / "oauth.json", ScriptedUser()
     assert shim.logout(command_call(user, "--bundle", str(path))) == 0
