@@ -11188,6 +11188,8 @@ class Terminal:
 
         if not has_screen(self._environment, sys.platform):
             return False
+        for name in SECRET_VARIABLES:  # a browser has no business with them
+            os.environ.pop(name, None)
         opened: List[bool] = []
         opening = threading.Thread(target=lambda: opened.append(webbrowser.open(url)), daemon=True)
         opening.start()

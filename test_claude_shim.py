@@ -11598,6 +11598,27 @@ def test_program_gets_no_secret_in_its_environment() -> None:
     assert "ANTHROPIC_API_KEY" not in ran.stdout
 
 
+@ON_POSIX
+def test_browser_gets_no_secret_in_its_environment(tmp_path: Path) -> None:
+    browser = tmp_path / "browser"
+    browser.write_text("#!/bin/sh\necho $1 with ${ANTHROPIC_API_KEY:-no key}\n")
+    browser.chmod(0o700)
+    code = "import os, claude_shim as s; s.Terminal({'BROWSER': 'b'}).browse('https://page')"
+    ran = subprocess.run(
+        [sys.executable, "-B", "-c", code],
+        env={
+            "PATH": "/bin:/usr/bin",
+            "PYTHONPATH": str(MODULE_FILE.parent),
+            "BROWSER": f"{browser} %s",
+            "ANTHROPIC_API_KEY": "sk-ant-api03-x",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout == "https://page with no key\n"
+
+
 def claude_code_login(token: str, expires_at: float = NOW * 1000 + 3_600_000) -> str:
     return json.dumps(
         {
