@@ -1514,6 +1514,7 @@ def _distinct_calls(blocks: List[JSON], seen: Dict[str, None]) -> Tuple[List[JSO
     for block in blocks:
         if block["type"] == "tool_use":
             if block["id"] in calls:
+                drop_last_thinking(kept)  # which led to it
                 continue
             new = _unused(block["id"], seen)
             calls[block["id"]] = new
@@ -1521,6 +1522,12 @@ def _distinct_calls(blocks: List[JSON], seen: Dict[str, None]) -> Tuple[List[JSO
             block = {**block, "id": new}
         kept.append(block)
     return kept, calls
+
+
+def drop_last_thinking(blocks: List[JSON]) -> None:
+    """Take thinking off the end of a turn, where it may not stand."""
+    while blocks and blocks[-1]["type"] in THINKING_TYPES:
+        blocks.pop()
 
 
 def _unused(id: str, seen: Dict[str, None]) -> str:
@@ -3860,8 +3867,7 @@ def _with_recalled_thinking(
             calls = [block["id"] for block in blocks if block["type"] == "tool_use"]
             remembered = () if thinking_of(blocks) else map(recall, calls)
             blocks = [*next(filter(None, remembered), []), *blocks]
-            while blocks and blocks[-1]["type"] in THINKING_TYPES:
-                blocks.pop()
+            drop_last_thinking(blocks)
         yield role, blocks
 
 

@@ -3210,6 +3210,13 @@ def test_conversation_without_content_is_a_bad_request(turns: List[Turn]) -> Non
     assert caught.value.param == "messages"
 
 
+def test_thinking_before_a_call_that_is_dropped_does_not_end_the_turn() -> None:
+    call = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
+    thought = {"type": "thinking", "thinking": "t", "signature": "s"}
+    (_, turn, _) = shim.conversation([("assistant", [thought, call, thought, call])])
+    assert turn == {"role": "assistant", "content": [thought, call]}
+
+
 @pytest.mark.parametrize("content", ["", " ", [], None])
 def test_conversation_has_no_turn_without_content_for_a_stray_empty_result(content: Any) -> None:
     messages = shim.conversation([asked(tool_result("x", content)), told("1"), asked("2")])
