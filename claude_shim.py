@@ -4826,11 +4826,13 @@ MAX_SECRET_BYTES = 1 << 20
 
 def _own_target(path: str) -> str:
     """The file itself; a symbolic link of the user's own is followed once, another's never."""
-    path = os.path.abspath(os.path.expanduser(path))
     try:
+        path = os.path.abspath(os.path.expanduser(path))
         link = os.lstat(path)
     except OSError:
         return path  # whoever opens it tells why
+    except ValueError as error:
+        raise ConfigError(f"cannot read {path!r}: {error}") from None
     if not stat.S_ISLNK(link.st_mode):
         return path
     if os.name == "posix" and link.st_uid != os.geteuid():
@@ -4964,7 +4966,9 @@ def parsed_expiry(value: Any, source: str) -> Optional[float]:
             return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
         if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             number = float(value)
-            return number / 1000 if number > 1e11 else number  # 1e11 s: the year 5138
+            seconds = number / 1000 if number > 1e11 else number  # 1e11 s: the year 5138
+            if 0 <= seconds <= 1e11:
+                return seconds
     raise ConfigError(f"{source}: expires_at is neither ISO 8601 nor seconds or milliseconds")
 
 
@@ -10511,6 +10515,8 @@ def settings_from(
     for option in OPTIONS:
         text, source = _given(option, arguments, environment, file)
         try:
+            if "\0" in text:  # which only a file can hold
+                raise ValueError("a NUL byte has no place here")
             values[option.field] = option.parse(text)
         except ValueError as error:
             got = "" if option.metavar in ("URL", "HEADER") else f", got {text!r}"  # may be secret
@@ -10566,6 +10572,8 @@ def read_text(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(f"cannot read {path}: {reason}") from None
+    except ValueError as error:  # no path at all
+        raise ConfigError(f"cannot read {path!r}: {error}") from None
 
 
 NO_CREDENTIAL = """claude_shim needs a credential for Claude. Give it one of:
@@ -10889,7 +10897,7 @@ def tls_context(settings: Settings, url: str) -> Optional[ssl.SSLContext]:
 
 
 def _no_password() -> str:
-    raise ssl.SSLError("the key is encrypted")
+    raise OSError("the key is encrypted")
 
 
 def upstream_from(settings: Settings) -> Upstream:
@@ -11073,6 +11081,8 @@ def listening_host(settings: Settings, environment: Dict[str, str]) -> str:
 def listener_context(settings: Settings) -> Optional[ssl.SSLContext]:
     """Return the TLS context to serve with; ConfigError when its files cannot be used."""
     if not settings.tls_cert:
+        if settings.tls_key:
+            raise ConfigError("--tls-key needs --tls-cert: without, this would be plain HTTP")
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
@@ -11108,8 +11118,9 @@ def _check_store(store: ResponseStore) -> None:
 def _cannot_listen(settings: Settings, error: Exception, taker: str = "") -> str:
     where = settings.unix or f"{settings.host}:{settings.port}"
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        return f"{where} is taken by {taker or 'another program'}; choose another --port"
-    reason = error.strerror if isinstance(error, OSError) else str(error)
+        flag = "--unix" if settings.unix else "--port"
+        return f"{where} is taken by {taker or 'another program'}; choose another {flag}"
+    reason = getattr(error, "strerror", None) or error
     return f"cannot listen on {where}: {reason}"
 
 
@@ -11692,10 +11703,10 @@ def _check_upstream(seen: Examination) -> Iterator[Finding]:
         )
     elif not status:
         yield Finding("fault", reason)
+    elif status == 404 or (status in (200, 401) and unshown):
+        yield Finding("ok", f"{url} answers; the credential was not tried")
     elif status == 200:
         yield Finding("ok", f"{url} takes the credential")
-    elif status == 404 or (status == 401 and unshown):
-        yield Finding("ok", f"{url} answers; the credential was not tried")
     else:
         yield Finding("fault", f"{url} answers with status {status}: {reason}")
 
@@ -11733,6 +11744,8 @@ def _check_callers(seen: Examination) -> Iterator[Finding]:
 
 def _check_port(seen: Examination) -> Iterator[Finding]:
     settings = seen.call.settings
+    if settings.unix:  # it takes no port
+        return
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         socket.create_server((settings.host, settings.port), family=family).close()

@@ -10656,6 +10656,16 @@ BAD_BUNDLES = [
         "FILE: expires_at is neither ISO 8601 nor seconds or milliseconds",
     ),
     case(
+        "an expiry that no clock will see",
+        '{"access_token": "a", "expires_at": 1e300}',
+        "FILE: expires_at is neither ISO 8601 nor seconds or milliseconds",
+    ),
+    case(
+        "an expiry that is infinite",
+        '{"access_token": "a", "expires_at": "' + "9" * 400 + '"}',
+        "FILE: expires_at is neither ISO 8601 nor seconds or milliseconds",
+    ),
+    case(
         "an expiry that is true",
         '{"access_token": "a", "expires_at": true}',
         "FILE: expires_at is neither ISO 8601 nor seconds or milliseconds",
@@ -18452,6 +18462,11 @@ BAD_SETTINGS = [
         "configuration file, port: expected a port from 0 to 65535, got '-1'",
     ),
     case(
+        "a path that none is",
+        {"file": {"api-key-file": "a\0b"}},
+        "configuration file, api-key-file: a NUL byte has no place here, got 'a\\x00b'",
+    ),
+    case(
         "a kind of upstream",
         {"argv": ["--upstream", "ftp"]},
         "--upstream: expected one of http, echo, got 'ftp'",
@@ -19150,6 +19165,30 @@ def test_key_goes_over_plain_http_only_to_this_machine(argv: List[str], allowed:
     assert str(caught.value) == (
         "--base-url is http:// to another host, which shows the key; use https://"
     )
+
+
+@pytest.mark.parametrize("read", [shim.read_text, shim.read_secret_file])
+def test_path_that_none_is_told_in_a_sentence(read: Callable[[str], str]) -> None:
+    with pytest.raises(shim.ConfigError, match=r"cannot read '/a\\x00b': embedded null"):
+        read("/a\0b")
+
+
+def test_key_without_certificate_does_not_serve_plain_http() -> None:
+    with pytest.raises(shim.ConfigError, match="--tls-key needs --tls-cert"):
+        shim.listener_context(settings_of("--tls-key", "key.pem"))
+
+
+@ON_POSIX
+def test_path_that_is_taken_is_told_in_a_sentence(tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("no socket")
+    for path, reason in (
+        (taken, f"{taken} is taken by another program; choose another --unix"),
+        (tmp_path / ("x" * 200), "cannot listen on .*: AF_UNIX path too long"),
+    ):
+        settings = settings_of("--upstream", "echo", "--unix", str(path))
+        with pytest.raises(shim.ConfigError, match=reason):
+            shim.server_from(settings, {}, io.StringIO())
 
 
 def test_port_that_is_taken_is_told_in_a_sentence() -> None:
@@ -20092,6 +20131,12 @@ CHECKED = [
         ["fault cannot reach upstream at x: no route"],
     ),
     case(
+        "an upstream that answers without the credential",
+        "upstream",
+        {"answer": shim.Answer("https://u", 200), "fault": "no token"},
+        ["ok https://u answers; the credential was not tried"],
+    ),
+    case(
         "claude_shim before itself",
         "upstream",
         {"answer": shim.Answer("http://localhost:8765", 200)},
@@ -20143,6 +20188,10 @@ def test_check_of_a_proxy_shows_no_password(proxy_environment: Any) -> None:
     proxy_environment(HTTPS_PROXY="socks5://proxy.example:1080")
     (finding,) = shim.CHECKS["proxy"](seen_by_doctor())
     assert finding.verdict == "fault"
+
+
+def test_check_of_a_port_that_is_not_needed() -> None:
+    assert not list(shim.CHECKS["port"](seen_by_doctor("--unix", "/run/x")))
 
 
 def test_check_of_a_port_that_is_taken() -> None:
