@@ -76,6 +76,7 @@ from typing import (
     Dict,
     FrozenSet,
     Generator,
+    Generic,
     Iterable,
     Iterator,
     List,
@@ -5890,7 +5891,7 @@ class UpstreamRequest(NamedTuple):
 class Source:
     """Body bytes that are still coming: `read` until b"", then `close`; or `drop` at any time.
 
-    Nothing here waits: what takes time at the end of a part is handed out as `resumption`.
+    Nothing here waits: what upstream must be asked to go on is handed out as `resumption`.
     """
 
     sock: Optional[socket.socket] = None  # to wait on; None when all is at hand
@@ -5912,8 +5913,8 @@ class Source:
         """Return whether the answer is read to its end, after reading what is at hand."""
         return True
 
-    def resumption(self) -> Optional[Callable[[], None]]:
-        """Return what must be called, and may take long, before more comes; None: there is no more.
+    def resumption(self) -> Optional[Conversation[None]]:
+        """Return the conversation with upstream after which more comes; None: there is no more.
 
         To be asked once, after `read` returned b"".
         """
@@ -6675,13 +6676,20 @@ def _echo_block(index: int, block: JSON) -> Iterator[JSON]:
     if kind == "tool_use":
         pieces = [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
     else:
-        words = re.findall(r"\S+\s*|\s+", block[kind])
-        pieces = [{"type": f"{kind}_delta", kind: word} for word in words]
+        pieces = [{"type": f"{kind}_delta", kind: word} for word in _echo_words(block[kind])]
     if kind == "thinking":
         pieces.append({"type": "signature_delta", "signature": block["signature"]})
     for piece in pieces:
         yield {"type": "content_block_delta", "index": index, "delta": piece}
     yield {"type": "content_block_stop", "index": index}
+
+
+def _echo_words(text: str) -> List[str]:
+    """The text word by word; a long one, whose words would fill the memory, in 1,000 pieces."""
+    if len(text) <= 10_000:
+        return re.findall(r"\S+\s*|\s+", text)
+    size = math.ceil(len(text) / 1000)
+    return [text[start : start + size] for start in range(0, len(text), size)]
 
 
 def echo_tokens(body: JSON) -> int:
@@ -6776,15 +6784,16 @@ _NOT_PLAIN = re.compile(r"[^\x21-\x7e]")
 
 
 def _poll_of(stream: Optional[TextIO]) -> Optional[select.poll]:
-    """What says whether a stream can be written to; None where nothing does."""
-    if not hasattr(select, "poll"):
+    """What says whether a pipe or socket can be written to; None for what never waits."""
+    if stream is None or not hasattr(select, "poll"):
         return None
     poll = select.poll()
     try:
-        poll.register(stream.fileno() if stream else -1, select.POLLOUT)
+        mode = os.fstat(stream.fileno()).st_mode
+        poll.register(stream.fileno(), select.POLLOUT)
     except (OSError, ValueError):
         return None
-    return poll
+    return poll if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
 
 
 def log_line(record: Record) -> str:
@@ -6990,7 +6999,9 @@ class ResumingSource(Source):
 
     MAX_RESUMPTIONS = 20
 
-    def __init__(self, source: Source, request: JSON, ask: Callable[[JSON], Source]) -> None:
+    def __init__(
+        self, source: Source, request: JSON, ask: Callable[[JSON], Conversation[Source]]
+    ) -> None:
         self._source = source
         self._request = request
         self._ask = ask
@@ -7016,17 +7027,17 @@ class ResumingSource(Source):
             server_sent_event(dumps(e), str(e.get("type"))) for e in kept if e is not None
         )
 
-    def resumption(self) -> Optional[Callable[[], None]]:
+    def resumption(self) -> Optional[Conversation[None]]:
         self._resumptions += 1
         if not self._joiner.paused or self._resumptions > self.MAX_RESUMPTIONS:
             return None
-        return self._resume
+        return self._resumed()
 
-    def _resume(self) -> None:
+    def _resumed(self) -> Conversation[None]:
         self._source.close()
         self._source, self.sock = BytesSource(b""), None
         self._request = self._joiner.resumed(self._request)
-        self._source = self._ask(self._request)
+        self._source = yield from self._ask(self._request)
         self._events = EventDecoder()
         self._follow()
 
@@ -7907,11 +7918,15 @@ class App:
         source = response.source
         if draft.annotated:  # server tools may pause the turn
             source = ResumingSource(
-                source,
-                fitted.request,
-                lambda body: driven(self._post(request, body, draft.betas), self.upstream).source,
+                source, fitted.request, lambda body: self._continued(request, body, draft.betas)
             )
         return Asked(source, response.headers, fitted.changed)
+
+    def _continued(
+        self, request: Request, body: JSON, betas: Sequence[str]
+    ) -> Conversation[Source]:
+        response = yield from self._post(request, body, betas)
+        return response.source
 
     def _learn(self, model: Model) -> None:
         """Remember what refusals taught; what was said of a schema is true of that schema alone."""
@@ -8374,10 +8389,7 @@ def pieces_of(source: Source) -> Iterator[bytes]:
             if not readable([source.sock], patience):
                 source.check_time(silent=source.silence_seconds)
         piece = source.read()
-        again = source.resumption() if piece == b"" else None
-        if again:
-            again()
-        elif piece == b"":
+        if piece == b"":
             return
         if piece:
             yield piece
@@ -8415,6 +8427,7 @@ class ServerLimits(NamedTuple):
     max_held: int = 512 << 20  # bytes of all bodies that are not whole yet
     max_workers: int = 64  # threads for what takes time before upstream answers
     max_concurrent: int = 256  # requests that are being answered
+    max_large: int = 4  # of them, with a body over 1 MiB and before upstream answers
     max_waiting: int = 1024  # further ones, which wait for their turn
     wait_seconds: float = 60.0  # that long
     requests_per_second: float = 0.0  # none: as many as come
@@ -8876,11 +8889,11 @@ class Relay:
                 self._guarded(key.data, key.data.abort)
 
     def _turn(self) -> None:
-        watched = self._selector.get_map()
-        for key, _ in self._selector.select(self._patience()):
+        ready, watched = self._selector.select(self._patience()), self._selector.get_map()
+        for key, _ in ready:
             if key.data is None:
                 self._wakened.recv(1 << 12)
-            elif watched.get(key.fd) == key:  # what came before it may have ended this one
+            elif len(ready) == 1 or watched.get(key.fd) == key:  # else what came before ended it
                 self._guarded(key.data, key.data.on_ready)
         for _ in range(len(self._calls)):
             self._guarded(*self._calls.popleft())
@@ -8965,43 +8978,58 @@ class Workers:
 class Gate(Party):
     """Lets so many requests upstream at a time, and so many in a second; the others wait in order.
 
-    For the relay's thread only.
+    Few large ones at a time, as each takes many times its size while it is translated: the small
+    ones overtake those. For the relay's thread only.
     """
 
     def __init__(self, limits: ServerLimits) -> None:
         self.limits = limits
         self._running: Set[Exchange] = set()
+        self._large: Set[Exchange] = set()  # of those that run, until upstream answers
         self._waiting: OrderedDict[Exchange, None] = OrderedDict()
         self._next_start = 0.0
 
     def enter(self, exchange: Exchange) -> None:
         """Begin an exchange now or when its turn comes; OverloadedError when too many wait."""
-        if self._waiting or not self._open(time.monotonic()):
-            if len(self._waiting) >= self.limits.max_waiting:
-                raise OverloadedError(
-                    "too many requests are waiting in claude_shim already",
-                    headers=[("retry-after", "1")],
-                )
-            self._waiting[exchange] = None
-            exchange.wait_for_turn()
-            exchange.relay.remind(self._next_start, self)
-        else:
+        now = time.monotonic()
+        if not self._waiting and self._open(now) and self._fits(exchange):
             self._start(exchange)
             exchange.begin()
+            return
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise OverloadedError(
+                "too many requests are waiting in claude_shim already",
+                headers=[("retry-after", "1")],
+            )
+        self._waiting[exchange] = None
+        exchange.wait_for_turn()
+        exchange.relay.remind(self.tick(now), self)
 
     def _open(self, now: float) -> bool:
         return len(self._running) < self.limits.max_concurrent and now >= self._next_start
 
+    def _fits(self, exchange: Exchange) -> bool:
+        return not exchange.large or len(self._large) < self.limits.max_large
+
     def _start(self, exchange: Exchange) -> None:
         self._running.add(exchange)
+        if exchange.large:
+            self._large.add(exchange)
         if self.limits.requests_per_second:
             pause = 1 / self.limits.requests_per_second
             saved = time.monotonic() - max(0.0, 1.0 - pause)  # at most a second's worth at once
             self._next_start = max(self._next_start, saved) + pause
 
+    def lighten(self, exchange: Exchange) -> None:
+        """Know that the request of an exchange takes up no memory any longer."""
+        if exchange in self._large:
+            self._large.remove(exchange)
+            exchange.relay.remind(self.tick(time.monotonic()), self)
+
     def leave(self, exchange: Exchange) -> None:
         """Forget an exchange that is over, or that nobody waits for any longer."""
         self._running.discard(exchange)
+        self._large.discard(exchange)
         self._waiting.pop(exchange, None)
         exchange.relay.remind(self.tick(time.monotonic()), self)
 
@@ -9011,15 +9039,189 @@ class Gate(Party):
 
     def tick(self, now: float) -> float:
         while self._waiting and self._open(now):
-            exchange = self._waiting.popitem(last=False)[0]
+            exchange = next(filter(self._fits, self._waiting), None)
+            if exchange is None:
+                break
+            del self._waiting[exchange]
             self._start(exchange)
             exchange.relay.soon(exchange, exchange.begin)  # it may be over at once, and leave
         return self._next_start if self._waiting and self._next_start > now else math.inf
 
 
+_LARGE = 1 << 20
 _TURN = 8  # bursts of one stream before others get their turn
 _FULL = 256 << 10  # bytes that a slow reader has not taken: then upstream is not read either
 _TAIL_SECONDS = 1.0  # for the last bytes of a body whose last event has come
+
+
+class Errand(Party, Generic[Outcome]):
+    """One conversation with upstream, in which the relay and workers take turns.
+
+    `done` is called in the relay's thread with what it came to, or with the exception that ended
+    it; after `cancel` only with what a worker brings too late.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        keeper: Party,
+        conversation: Conversation[Outcome],
+        done: Callable[[Union[Outcome, Exception]], None],
+    ) -> None:
+        self._server, self._relay = server, server.relay
+        self._keeper = keeper  # whoever asks this one what is due
+        self._conversation = conversation
+        self._done = done
+        self._asked: Optional[UpstreamRequest] = None
+        self._pending: Optional[UpstreamConnection] = None  # the head of its answer is awaited
+        self._outcome: List[Union[Outcome, Exception]] = []
+        self._with_worker = False
+        self._over = False
+
+    def begin(self, prompt: bool) -> None:
+        """Set out; `prompt` if the first question takes no time to put."""
+        if prompt:
+            self._proceed(self._next(None))
+        else:
+            self._hand_over(None)
+
+    def _next(self, answer: Answered) -> Optional[UpstreamRequest]:
+        """The next question for upstream; None at the end."""
+        try:
+            if answer is None:
+                return next(self._conversation)
+            if isinstance(answer, UpstreamResponse):
+                return self._conversation.send(answer)
+            return self._conversation.throw(answer)
+        except StopIteration as stop:
+            self._outcome.append(stop.value)
+        except Exception as error:
+            self._outcome.append(error)
+        return None
+
+    def _proceed(self, question: Optional[UpstreamRequest]) -> None:
+        if question is None:
+            self._finish()
+            return
+        self._asked, upstream = question, self._server.app.upstream
+        try:
+            pending = upstream.begin(question, connects=False) if question.prompt() else None
+        except (ShimError, ClientGone) as error:
+            self._proceed(self._next(error))
+            return
+        if pending:
+            self._await_head(pending)
+        else:
+            self._hand_over(question)
+
+    def _finish(self) -> None:
+        self._with_worker = False
+        self._done(self._outcome.pop())
+
+    # --- a worker's turn
+
+    def _hand_over(self, given: Union[UpstreamRequest, Answered]) -> None:
+        """Let a worker go on: with a question, or with upstream's answer."""
+        self._with_worker = True
+        self._server.workers.submit(lambda: self._work(given))
+
+    def _work(self, given: Union[UpstreamRequest, Answered]) -> None:
+        question = given if isinstance(given, UpstreamRequest) else self._next(given)
+        while question is not None:
+            answer = self._put(question)
+            if answer is None:
+                return
+            question = self._next(answer)
+        self._relay.call(self, self._finish)
+
+    def _put(self, question: UpstreamRequest) -> Answered:
+        """Upstream's answer, or why there is none; None if the relay waits for it."""
+        if self._over:
+            return ClientGone()
+        upstream = self._server.app.upstream
+        try:
+            if question.delay:
+                question.watch.wait(None, question.delay)
+            self._asked = question = question._replace(delay=0.0)
+            pending = upstream.begin(question, connects=True)
+            if pending is None:
+                return upstream.send(question)
+        except Exception as error:
+            return error
+        self._relay.call(self, functools.partial(self._await_head, pending))
+        return None
+
+    # --- the head of upstream's answer
+
+    def _await_head(self, pending: UpstreamConnection) -> None:
+        self._with_worker = False
+        if self._over:
+            pending.drop()
+            self._conversation.close()
+            return
+        self._pending = pending
+        self._relay.watch(pending.sock, selectors.EVENT_READ, self)
+        self._relay.remind(pending.head_deadline, self._keeper)
+
+    def _head_came(self) -> UpstreamConnection:
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        self._relay.unwatch(pending.sock)
+        return pending
+
+    def on_ready(self) -> None:
+        """Read the head."""
+        if self._pending is None:
+            return
+        try:
+            answer = self._pending.answer()
+        except (OSError, ShimError) as error:
+            self._no_answer(error)
+            return
+        if answer is None:
+            if self._pending.ready():  # TLS has more at hand, which the socket does not show
+                self._relay.soon(self, self.on_ready)
+            return
+        self._head_came()
+        prompt = self._asked is not None and self._asked.prompt()
+        if prompt and answer.status == 200 and answer.is_event_stream():
+            self._proceed(self._next(answer))
+        else:
+            self._hand_over(answer)  # its body may take a while
+
+    def _no_answer(self, error: Exception) -> None:
+        pending = self._head_came()
+        pending.drop()
+        if pending.used and isinstance(error, STALE) and self._asked:
+            self._hand_over(self._asked._replace(fresh=True))  # again, but only once
+        else:
+            cut = UpstreamCutError(f"no answer from upstream: {error}")
+            self._hand_over(error if isinstance(error, ShimError) else cut)
+
+    def tick(self, now: float) -> float:
+        if self._pending is None:
+            return math.inf
+        if now < self._pending.head_deadline:
+            return self._pending.head_deadline
+        self._head_came().drop()
+        self._hand_over(UpstreamTimeoutError(NO_ANSWER_IN_TIME))
+        return math.inf
+
+    # --- the end
+
+    def cancel(self) -> None:
+        """Nobody waits for the outcome any longer."""
+        self._over = True
+        if self._pending:
+            self._head_came().drop()
+        if not self._with_worker:
+            self._conversation.close()
+
+    def abort(self) -> None:
+        self._keeper.abort()
+
+
+Answered = Union[UpstreamResponse, Exception, None]  # None: nothing was asked yet
 
 
 class Pump(Party):
@@ -9031,7 +9233,7 @@ class Pump(Party):
         self._relay = exchange.relay
         self._watched: Optional[socket.socket] = None
         self._heard = self._beaten = time.monotonic()
-        self._resuming = False
+        self._resuming: Optional[Errand[None]] = None
         self.over = False  # the client gets nothing more of it
         self._closed = False
 
@@ -9056,11 +9258,8 @@ class Pump(Party):
                 return False
             made = b"" if burst is None else self.transform.feed(burst)
             made += self.transform.end() if burst == b"" else b""
-        except ShimError as error:
-            made, burst = self.transform.end(error), b""
-        except Exception as error:  # the edge: a fault of ours must not look like a whole answer
-            self._exchange.log_fault(error)
-            made, burst = self.transform.end(ShimError("claude_shim failed on this answer")), b""
+        except Exception as error:  # the edge, where it becomes the end of this answer
+            made, burst = self.transform.end(self._told(error)), b""
         self._deliver(made, ended=burst == b"")
         return not self.over and self.source.ready()  # also after events that nobody gets
 
@@ -9071,35 +9270,30 @@ class Pump(Party):
             self._beaten = self._heard
             self._exchange.deliver(self, made)
 
-    def _resume(self, resume: Callable[[], None]) -> None:
-        """Have upstream asked to go on, which takes time."""
-        self._resuming = True
+    def _resume(self, conversation: Conversation[None]) -> None:
         self.pause()
-        failure: List[ShimError] = []
+        exchange = self._exchange
+        self._resuming = Errand(exchange.server, exchange.keeper, conversation, self._resumed)
+        self._resuming.begin(prompt=False)
 
-        def work() -> None:
-            try:
-                resume()
-            except ShimError as error:
-                failure.append(error)
-            except ClientGone:
-                pass  # the relay sees it too
-            except Exception as error:
-                self._exchange.log_fault(error)
-                failure.append(ShimError("claude_shim failed on this answer"))
-            self._relay.call(self, lambda: self._resumed(*failure))
-
-        self._exchange.workers.submit(work)
-
-    def _resumed(self, failure: Optional[ShimError] = None) -> None:
-        self._resuming = False
+    def _resumed(self, outcome: Optional[Exception]) -> None:
+        self._resuming = None
         self._heard = time.monotonic()
         if self._closed:
             self.source.drop()
-        elif failure:
-            self.fail(failure)
-        else:
+        elif isinstance(outcome, ClientGone):
+            self._exchange.cancel()
+        elif outcome is None:
             self.on_ready()
+        else:
+            self.fail(self._told(outcome))
+
+    def _told(self, error: Exception) -> ShimError:
+        """What the client is told of an error; a fault of ours is logged."""
+        if isinstance(error, ShimError):
+            return error
+        self._exchange.log_fault(error)
+        return ShimError("claude_shim failed on this answer")
 
     def fail(self, error: ShimError) -> None:
         """End the answer by an error that is not upstream's."""
@@ -9138,8 +9332,9 @@ class Pump(Party):
         """Close upstream's connection: nobody wants the rest."""
         self.over = self._closed = True
         self.pause()
-        if not self._resuming:
-            self.source.drop()
+        if self._resuming:
+            self._resuming.cancel()
+        self.source.drop()
 
     def tick(self, now: float) -> float:
         """Of an answer that is over: the last bytes did not come."""
@@ -9151,6 +9346,7 @@ class Pump(Party):
         """Fill a silence, end too long a one; return when to look again."""
         if self.over:
             return math.inf
+        resuming = self._resuming.tick(now) if self._resuming else math.inf
         if self._resuming or self._exchange.full:
             self._heard = now
         try:
@@ -9162,7 +9358,8 @@ class Pump(Party):
             self._beaten = now
             self._exchange.deliver(self, self.transform.heartbeat)
         silent = self._heard + self.source.silence_seconds
-        return min(self._beaten + self._exchange.heartbeat_seconds, silent, self.source.deadline)
+        beat = self._beaten + self._exchange.heartbeat_seconds
+        return min(beat, silent, self.source.deadline, resuming)
 
     def abort(self) -> None:
         self.drop()
@@ -9170,181 +9367,57 @@ class Pump(Party):
 
 
 class Exchange(Party):
-    """One request on its way: asked of the App, answered on its connection.
-
-    What may take time is a worker's; at any moment either the relay or one worker has it.
-    """
+    """One request on its way: asked of the App, answered on its connection."""
 
     def __init__(self, connection: ClientConnection, request: Request, coding: str) -> None:
-        server = connection.server
-        self.relay, self.workers = server.relay, server.workers
-        self.heartbeat_seconds = server.limits.heartbeat_seconds
-        self._server = server
-        self._connection = connection
+        self.server, self.keeper, self._connection = connection.server, connection, connection
+        self.relay = connection.server.relay
+        self.heartbeat_seconds = connection.server.limits.heartbeat_seconds
         self._request = request
         self._coding = coding  # of the request's body
-        self._conversation: Conversation[Response] = server.app.answering(request)
-        self._asked: Optional[UpstreamRequest] = None
-        self._pending: Optional[UpstreamConnection] = None  # the head of its answer is awaited
+        self.large = len(request.body) > _LARGE
+        self._errand = Errand(self.server, connection, self._conversation(), self._come)
         self._response = Response(0, [])
         self._pumps: List[Pump] = []
-        self._with_worker = False
         self._streams = False  # the head of the answer has gone out, or will with its first bytes
-        self._deadline = math.inf
-        self._on_deadline: Callable[[], None] = self.abort
+        self._deadline = math.inf  # of the wait for a turn
         self.over = False
-
-    # --- before upstream answers
 
     def wait_for_turn(self) -> None:
         """The gate is closed: wait in line, but not for ever."""
-        self._until(time.monotonic() + self._server.limits.wait_seconds, self._never_begun)
-
-    def _never_begun(self) -> None:
-        seconds = self._server.limits.wait_seconds
-        self.fail(
-            OverloadedError(
-                f"no turn came within {seconds:g} seconds: too many requests run already",
-                headers=[("retry-after", "5")],
-            )
-        )
-
-    def _until(self, when: float, then: Callable[[], None]) -> None:
-        self._deadline, self._on_deadline = when, then
-        self.relay.remind(when, self._connection)
+        self._deadline = time.monotonic() + self.server.limits.wait_seconds
+        self.relay.remind(self._deadline, self.keeper)
 
     def begin(self) -> None:
         """Ask the App; here if that takes no time."""
-        if self.over:
-            return
-        self._deadline = math.inf
-        if self._server.app.prompt(self._request) and not self._coding:
-            self._proceed(self._advance(None))
-        else:
-            self._hand_over(None)
+        if not self.over:
+            self._deadline = math.inf
+            self._errand.begin(prompt=self.server.app.prompt(self._request) and not self._coding)
 
-    def _advance(self, answer: Union[UpstreamResponse, Exception, None]) -> Step:
-        """What the App wants next, after an answer of upstream or the failure to get one."""
-        try:
-            if isinstance(answer, Exception):
-                return self._conversation.throw(answer)
-            return self._conversation.send(answer) if answer else next(self._opened())
-        except StopIteration as stop:
-            response: Response = stop.value
-            return response
-        except ShimError as error:
-            self._connection.break_off()
-            return self._server.app.failure(error, self._request)
-        except ClientGone:
-            return Response(0, [])
-        except Exception as error:  # the edge: one request's fault must not cost another's
-            return self._fault(error)
-
-    def _opened(self) -> Conversation[Response]:
+    def _conversation(self) -> Conversation[Response]:
+        request = self._request
         if self._coding:
-            body = decompressed(self._request.body, self._coding, self._server.limits.max_body)
-            self._request = self._request._replace(body=body)
-            self._conversation = self._server.app.answering(self._request)
-        return self._conversation
+            body = decompressed(request.body, self._coding, self.server.limits.max_body)
+            request = request._replace(body=body)
+        return (yield from self.server.app.answering(request))
+
+    def _come(self, outcome: Union[Response, Exception]) -> None:
+        if isinstance(outcome, Response):
+            self._respond(outcome)
+        elif isinstance(outcome, ClientGone):
+            self._connection.gone = self._connection.gone or not self.over
+            self.cancel()
+        elif isinstance(outcome, ShimError):  # the body is not in its coding
+            self._connection.break_off()
+            self._respond(self.server.app.failure(outcome, self._request))
+        else:  # the edge: one request's fault must not cost another's
+            self._respond(self._fault(outcome))
 
     def _fault(self, error: Exception) -> Response:
         id = self._request.request_id
-        self._server.log_fault(error, id)
+        self.server.log_fault(error, id)
         failure = ShimError(f"claude_shim failed on this request; its log says more ({id})")
-        return self._server.app.failure(failure, self._request)
-
-    def _proceed(self, step: Step) -> None:
-        if isinstance(step, Response):
-            self._respond(step)
-            return
-        self._asked, upstream = step, self._server.app.upstream
-        try:
-            pending = upstream.begin(step, connects=False) if step.prompt() else None
-        except (ShimError, ClientGone) as error:
-            self._proceed(self._advance(error))
-            return
-        if pending:
-            self._await_head(pending)
-        else:
-            self._hand_over(step)
-
-    def _hand_over(self, step: Union[Step, UpstreamResponse, Exception, None]) -> None:
-        """Let a worker go on: from a request for upstream, or from its answer."""
-        self._with_worker = True
-        self.workers.submit(lambda: self._work(step))
-
-    def _work(self, given: Union[Step, UpstreamResponse, Exception, None]) -> None:
-        if self.over:
-            if isinstance(given, UpstreamResponse):
-                given.source.drop()
-            self.relay.call(self, self._let_go)
-            return
-        step = given if isinstance(given, (UpstreamRequest, Response)) else self._advance(given)
-        while isinstance(step, UpstreamRequest):
-            try:
-                if step.delay:
-                    step.watch.wait(None, step.delay)
-                self._asked = step = step._replace(delay=0.0)
-                pending = self._server.app.upstream.begin(step, connects=True)
-                if pending:
-                    self.relay.call(self, functools.partial(self._await_head, pending))
-                    return
-                answer: Union[UpstreamResponse, Exception] = self._server.app.upstream.send(step)
-            except Exception as error:
-                answer = error
-            step = self._advance(answer)
-        self.relay.call(self, functools.partial(self._respond, step))
-
-    def _await_head(self, pending: UpstreamConnection) -> None:
-        self._with_worker = False
-        if self.over or self._connection.gone:
-            pending.drop()
-            self._let_go()
-            return
-        self._pending = pending
-        self.relay.watch(pending.sock, selectors.EVENT_READ, self)
-        self._until(pending.head_deadline, self._no_head)
-
-    def _no_head(self) -> None:
-        pending = self._head_came()
-        pending.drop()
-        self._hand_over(UpstreamTimeoutError(NO_ANSWER_IN_TIME))
-
-    def _head_came(self) -> UpstreamConnection:
-        pending, self._pending = self._pending, None
-        assert pending is not None
-        self.relay.unwatch(pending.sock)
-        self._deadline = math.inf
-        return pending
-
-    def on_ready(self) -> None:
-        """Read the head of upstream's answer."""
-        if self._pending is None:
-            return
-        try:
-            answer = self._pending.answer()
-        except (OSError, ShimError) as error:
-            self._no_answer(error)
-            return
-        if answer is None:
-            if self._pending.ready():  # TLS has more at hand, which the socket does not show
-                self.relay.soon(self, self.on_ready)
-            return
-        self._head_came()
-        prompt = self._asked is not None and self._asked.prompt()
-        if prompt and answer.status == 200 and answer.is_event_stream():
-            self._proceed(self._advance(answer))
-        else:
-            self._hand_over(answer)  # its body may take a while
-
-    def _no_answer(self, error: Exception) -> None:
-        pending = self._head_came()
-        pending.drop()
-        if pending.used and isinstance(error, STALE) and self._asked:
-            self._hand_over(self._asked._replace(fresh=True))  # again, but only once
-        else:
-            cut = UpstreamCutError(f"no answer from upstream: {error}")
-            self._hand_over(error if isinstance(error, ShimError) else cut)
+        return self.server.app.failure(failure, self._request)
 
     # --- the answer
 
@@ -9354,17 +9427,17 @@ class Exchange(Party):
         return self._streams and self._connection.backlog > _FULL
 
     def _respond(self, response: Response) -> None:
-        self._with_worker = False
         self._response = response
+        self.server.gate.lighten(self)
         body = response.body
         if isinstance(body, Stream):
             streams = [body]
         else:
             streams = body.streams if isinstance(body, Gathered) else []
-        if self.over or self._connection.gone or not response.status:
+        if self.over or self._connection.gone:
             for stream in streams:
                 stream.source.drop()
-            self._let_go()
+            self.cancel()
             return
         self._streams = isinstance(body, Stream)
         if self._streams:
@@ -9411,13 +9484,14 @@ class Exchange(Party):
 
     def log_fault(self, error: Exception) -> None:
         """Log a fault of ours in the middle of an answer."""
-        self._server.log_fault(error, self._request.request_id)
+        self.server.log_fault(error, self._request.request_id)
 
     def tick(self, now: float) -> float:
         if now >= self._deadline:
             self._deadline = math.inf
-            self._on_deadline()
-        return min([self._deadline, *(pump.beat(now) for pump in list(self._pumps))])
+            self.fail(never_begun(self.server.limits.wait_seconds))
+        beats = [pump.beat(now) for pump in list(self._pumps)]
+        return min([self._deadline, self._errand.tick(now), *beats])
 
     # --- the end
 
@@ -9426,7 +9500,7 @@ class Exchange(Party):
         if self._streams and not self.over:
             self._pumps[0].fail(error)
         elif not self.over:
-            response = self._server.app.failure(error, self._request)
+            response = self.server.app.failure(error, self._request)
             self._connection.send_whole(response, self._request)
             self.finish(type(error).__name__, response)
 
@@ -9438,30 +9512,19 @@ class Exchange(Party):
         for pump in self._pumps:
             if not pump.over:
                 pump.drop()
-        if self._pending:
-            self._head_came().drop()
-        if not self._with_worker:
-            self._conversation.close()
+        self._errand.cancel()
         shown, model = response or self._response, self._response.model
-        self._server.gate.leave(self)
+        self.server.gate.leave(self)
         self._forget()
         self._connection.answered(shown.status, model or shown.model, outcome)
 
     def _forget(self) -> None:
         """Hold nothing that is large; a reminder may hold this for a minute."""
-        self._pumps, self._asked, self._response = [], None, Response(0, [])
+        self._pumps, self._response = [], Response(0, [])
         self._request = self._request._replace(body=b"")
-        self._on_deadline = _nothing
 
     def cancel(self) -> None:
         """The client is gone. A worker that has this still comes back, and finds it over."""
-        self.finish("client gone")
-
-    def _let_go(self) -> None:
-        """Nobody waits any longer for what a worker brings."""
-        self._with_worker = False
-        self._conversation.close()
-        self._connection.gone = self._connection.gone or not self.over
         self.finish("client gone")
 
     def abort(self) -> None:
@@ -9469,11 +9532,16 @@ class Exchange(Party):
             self._connection.abort()
 
 
+def never_begun(seconds: float) -> OverloadedError:
+    """Return the error for a request that waited for its turn in vain."""
+    return OverloadedError(
+        f"no turn came within {seconds:g} seconds: too many requests run already",
+        headers=[("retry-after", "5")],
+    )
+
+
 def _nothing() -> None:
     pass
-
-
-Step = Union[UpstreamRequest, Response]
 
 
 class ClientConnection(socketserver.BaseRequestHandler, Party):

@@ -153,8 +153,13 @@ TEXT_EVENTS: List[JSON] = [
 class ScriptedSource(shim.Source):
     """Plays bursts, then ends; an exception among them is raised. Records how it was let go."""
 
-    def __init__(self, bursts: Iterable[Union[bytes, Exception]]) -> None:
+    def __init__(
+        self,
+        bursts: Iterable[Union[bytes, Exception]],
+        upstream: Optional[shim.Upstream] = None,
+    ) -> None:
         self._bursts = list(bursts)
+        self.upstream = upstream or shim.Upstream()
         self.fate = "open"
 
     def read(self) -> bytes:
@@ -212,7 +217,7 @@ class ScriptedUpstream(shim.Upstream):
         if isinstance(answer, Exception):
             raise answer
         status, headers, bursts = answer
-        source = ScriptedSource(bursts)
+        source = ScriptedSource(bursts, self)
         self.sources.append(source)
         return shim.UpstreamResponse(status, list(headers.items()), source)
 
@@ -247,11 +252,22 @@ def played(response: shim.Response) -> bytes:
     return response.body
 
 
+def pieces_and_resumptions(source: shim.Source) -> Iterator[bytes]:
+    """A body with all that follows when its upstream is asked to go on."""
+    upstream = getattr(getattr(source, "_source", source), "upstream", shim.Upstream())
+    while True:
+        yield from shim.pieces_of(source)
+        again = source.resumption()
+        if again is None:
+            return
+        shim.driven(again, upstream)
+
+
 def pumped(stream: shim.Stream) -> Iterator[bytes]:
     """What the client gets of a stream, pulled to its end."""
     source, transform = stream
     try:
-        for burst in shim.pieces_of(source):
+        for burst in pieces_and_resumptions(source):
             yield transform.feed(burst)
             if transform.complete or transform.failed:
                 return
@@ -13225,6 +13241,14 @@ def test_echo_refuses_an_odd_body_instead_of_failing(fields: JSON) -> None:
     assert answered(response)["error"]["type"] == "invalid_request_error"
 
 
+def test_echo_of_a_long_text_makes_no_event_of_each_word() -> None:
+    text = "word " * 100_000
+    events = shim.echo_events({"messages": [{"role": "user", "content": text}]})
+    deltas = [e["delta"]["text"] for e in events if e["type"] == "content_block_delta"]
+    assert len(deltas) == 1000
+    assert "".join(deltas) == text
+
+
 # ----------------------------------------------------------------------
 # 11. Log
 # ----------------------------------------------------------------------
@@ -14232,9 +14256,10 @@ def resuming(*answers: Answer) -> Tuple[shim.ResumingSource, List[JSON]]:
     upstream = ScriptedUpstream(*answers)
     requests: List[JSON] = []
 
-    def again(request: JSON) -> shim.Source:
+    def again(request: JSON) -> shim.Conversation[shim.Source]:
         requests.append(request)
-        return upstream.send(QUESTION_UP).source
+        response = yield QUESTION_UP
+        return response.source
 
     first = upstream.send(QUESTION_UP).source
     return shim.ResumingSource(first, {"messages": QUESTION["messages"]}, again), requests
@@ -14242,7 +14267,7 @@ def resuming(*answers: Answer) -> Tuple[shim.ResumingSource, List[JSON]]:
 
 def drained(source: shim.Source) -> List[JSON]:
     """The events of a source."""
-    raw = b"".join(shim.pieces_of(source))
+    raw = b"".join(pieces_and_resumptions(source))
     return [json.loads(block.partition(b"data: ")[2]) for block in raw.split(b"\n\n") if block]
 
 
@@ -17950,10 +17975,29 @@ def test_request_whose_turn_does_not_come_is_refused(
         assert len(fake.requests) == 1
 
 
+def test_few_large_requests_run_at_a_time_and_small_ones_overtake_them() -> None:
+    go = threading.Event()
+    large = raw_post("/v1/messages", {**ASKED, "padding": "x" * (2 << 20)})
+    with (
+        FakeUpstream([go, WHOLE_STREAM], [WHOLE_STREAM]) as fake,
+        waiting_server(fake, max_large=1) as server,
+        RawClient(server) as first,
+        RawClient(server) as second,
+        RawClient(server) as small,
+    ):
+        first.send(large)
+        assert fake.stalled.acquire(timeout=PATIENCE)
+        second.send(large)
+        assert_whole_chat(small.send(POST_CHAT).answer())
+        assert len(fake.requests) == 2
+        go.set()
+        assert first.answer().status == second.answer().status == 200
+
+
 def test_gate_lets_in_so_many_in_a_second() -> None:
     class Queued(shim.Exchange):
         def __init__(self) -> None:
-            self.relay = relay
+            self.relay, self.large = relay, False
 
         def begin(self) -> None:
             begun.append(self)
@@ -18127,6 +18171,8 @@ def test_bodies_that_are_on_their_way_have_a_limit_in_common() -> None:
         RawClient(server) as third,
     ):
         first.send(raw[:-1])
+        while server.held < 199_000:
+            pass
         assert second.send(raw[:-1]).answer().status == 529
         assert first.send(raw[-1:]).answer().status == 400
         assert third.send(raw).answer().status == 400
