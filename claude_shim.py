@@ -4682,6 +4682,9 @@ class Credential:
     def start(self) -> None:
         """Begin to renew it in time, if that is ever needed."""
 
+    def settle(self) -> None:
+        """Save what another one in its place would not know; ConfigError if that fails."""
+
     def close(self) -> None:
         """Stop renewing it, after the renewal that is under way."""
 
@@ -5176,8 +5179,9 @@ class TokenSource:
         """Return the header fields that show a token."""
         return [("authorization", f"Bearer {token}"), ("anthropic-beta", OAUTH_BETA)]
 
-    def settle(self) -> None:
-        """Save what could not be saved before."""
+    def settle(self) -> bool:
+        """Save what could not be saved before; whether nothing of that is left."""
+        return True
 
 
 class Renewed(Credential):
@@ -5289,6 +5293,11 @@ class Renewed(Credential):
         end = self._bundle.expires_at
         left = self.TICK if end is None else end - self._source.margin - self._outside.clock()
         return left if 0 < left < self.TICK else self.TICK
+
+    def settle(self) -> None:
+        with self._renewal:
+            if not self._source.settle():
+                raise ConfigError(f"the login of {self._source.place} is not on the disk yet")
 
     def close(self) -> None:
         self._stopping.set()
@@ -5448,10 +5457,11 @@ class BundleFile(TokenSource):
             return
         self._unsaved = None
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         if self._unsaved:
             self._save(self._unsaved)
             self._unlock()
+        return self._unsaved is None
 
     def _unlock(self) -> None:
         if self._lock is not None and self._unsaved is None:
@@ -11126,6 +11136,8 @@ def reconfigure(server: Server, settings: Settings, environment: Dict[str, str])
     """
     keys = client_keys_from(settings, environment)
     app, former = server.app, server.app.payers()
+    for payer in former:
+        payer.settle()
     app.log.learn(secrets_of(settings, keys))
     credential, fallback = payers_from(settings, environment, app.log)
     app.credential, app.policy = credential, policy_from(settings, keys, fallback)

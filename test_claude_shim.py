@@ -11302,7 +11302,8 @@ def test_token_that_cannot_be_written_serves_and_nobody_else_may_renew_meanwhile
     with pytest.raises(shim.CredentialUnavailableError) as caught:
         shim.lock_file(f"{path}.lock", 0.01)
     assert caught.value.message == f"another process does not let go of {path}.lock"
-    source.settle()
+    with pytest.raises(shim.ConfigError, match="is not on the disk yet"):
+        credential.settle()
     assert len(there.told) == 1  # once is enough
     there.full = False
     credential.close()
@@ -19103,6 +19104,23 @@ def test_new_settings_end_the_renewal_of_the_former_credential(tmp_path: Path) -
         ]
         server.app.log.write("sk-ant-api03-later sk-ant-oat01-b")
     assert log.getvalue().endswith("[secret] [secret]\n")
+
+
+def test_new_settings_wait_for_a_login_that_is_not_on_the_disk(tmp_path: Path) -> None:
+    """A new credential would read the spent token, and wait for the lock of the former one."""
+    there, path = World(in_tokens("at-2", "rt-2")), login_file(tmp_path)
+    there.full = True
+    settings, env = settings_of("--port", "0"), {"ANTHROPIC_API_KEY": "k"}
+    with shim.server_from(settings, env, io.StringIO()) as server:
+        credential = server.app.credential = renewed_from(path, there)
+        assert credential.authorization({}) == shown("at-2")
+        with pytest.raises(shim.ConfigError, match="is not on the disk yet"):
+            shim.reconfigure(server, settings, env)
+        assert server.app.credential is credential
+        there.full = False
+        shim.reconfigure(server, settings, env)
+        assert server.app.credential.describe().kind == "api-key"
+    assert json.loads(Path(path).read_text())["refresh_token"] == "rt-2"
 
 
 def test_fallback_that_is_used_anyway_is_refused(tmp_path: Path) -> None:
