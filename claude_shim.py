@@ -11698,6 +11698,7 @@ def examination(call: Call) -> Examination:
         for secret in chosen.secrets():
             log.hide(secret)
         if not isinstance(chosen, Passthrough):
+            _check_renewable(chosen)
             chosen.authorization({})
             credential = chosen
     except (ConfigError, ShimError) as error:
@@ -11705,6 +11706,20 @@ def examination(call: Call) -> Examination:
     with contextlib.closing(credential):
         answer = _asked(settings, credential, log)
     return Examination(call, standings(call), fault, answer)
+
+
+def _check_renewable(credential: Credential) -> None:
+    """ConfigError if a login is due that cannot be written: it would be lost with this process."""
+    told = credential.describe()
+    if credential.ready() or told.kind not in ("oauth-bundle", "profile"):
+        return
+    try:
+        with locked_login(told.source):
+            finish_write(told.source, parsed_bundle)
+            write_secret_file(told.source, read_secret_file(told.source))
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"the login of {told.source} cannot be written: {reason}") from None
 
 
 def _asked(settings: Settings, credential: Credential, log: Log) -> Answer:

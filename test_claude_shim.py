@@ -20157,6 +20157,17 @@ def test_doctor_shows_upstream_the_credential_once(tmp_path: Path) -> None:
     )
 
 
+def test_doctor_renews_no_login_that_it_could_not_write(tmp_path: Path) -> None:
+    files = {"state/claude-shim/oauth.json": {**LOGIN_IN_2_HOURS, "expires_at": NOW - 1}}
+    with FakeUpstream([json_bytes({"data": []})]) as fake:
+        argv = ["--base-url", fake.url, "--token-url", f"{fake.url}/token", "--json"]
+        call, user = call_at_home(tmp_path, files, {}, *argv)
+        (tmp_path / "state/claude-shim/oauth.json.new").mkdir()  # as good as a full disk
+        assert shim.doctor(call) == 1
+    assert [request.split()[1] for request in fake.requests] == [b"/v1/models?limit=1"]
+    assert "oauth.json cannot be written: " in user.said[0]
+
+
 def seen_by_doctor(*argv: str, env: Optional[Dict[str, str]] = None, **seen: Any) -> Any:
     """What a check of the doctor looks at; all is well but what is given."""
     call = command_call(ScriptedUser(), *argv, env=env)._replace(clock=lambda: NOW)
