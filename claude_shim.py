@@ -7282,7 +7282,11 @@ def kept_key(path: str) -> bytes:
                 os.link(draft, path)
         finally:
             os.unlink(draft)
-    with open(path, encoding="ascii", errors="replace") as file:
+
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # it may be a FIFO
+
+    with open(path, encoding="ascii", errors="replace", opener=opener) as file:
         text = file.read(1000).strip()
     if not re.fullmatch("[0-9a-f]{64}", text):
         raise OSError(errno.EINVAL, "holds no key of 64 hexadecimal digits")

@@ -15281,6 +15281,13 @@ def test_sealing_key_is_made_when_it_is_needed(tmp_path: Path) -> None:
         assert path.exists()
 
 
+@ON_POSIX
+def test_sealing_key_that_is_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "sealing.key")
+    with pytest.raises(OSError, match="holds no key"):
+        shim.kept_key(str(tmp_path / "sealing.key"))
+
+
 @pytest.mark.parametrize("text", ["", "short", "z" * 64, "\u00e9" * 64])
 def test_sealing_key_file_that_holds_none_is_told_and_left_alone(tmp_path: Path, text: str) -> None:
     path = tmp_path / "sealing.key"
