@@ -1515,6 +1515,7 @@ def _distinct_calls(blocks: List[JSON], seen: Dict[str, None]) -> Tuple[List[JSO
     for block in blocks:
         if block["type"] == "tool_use":
             if block["id"] in calls:
+                drop_last_thinking(kept)  # which led to it
                 continue
             new = _unused(block["id"], seen)
             calls[block["id"]] = new
@@ -1522,6 +1523,12 @@ def _distinct_calls(blocks: List[JSON], seen: Dict[str, None]) -> Tuple[List[JSO
             block = {**block, "id": new}
         kept.append(block)
     return kept, calls
+
+
+def drop_last_thinking(blocks: List[JSON]) -> None:
+    """Take thinking off the end of a turn, where it may not stand."""
+    while blocks and blocks[-1]["type"] in THINKING_TYPES:
+        blocks.pop()
 
 
 def _unused(id: str, seen: Dict[str, None]) -> str:
@@ -3711,6 +3718,8 @@ def _items(draft: ResponsesDraft, value: Any, path: str) -> None:
         where = f"{path}.{number}"
         whole = _dereferenced(draft, as_object(item, where), where)
         draft.items.extend([_full_message(whole)] if whole else [])
+    # One in the history was answered: else whoever goes on from there gets nothing but summaries.
+    draft.compacts = any(_item_type(item) == "compaction_trigger" for item in draft.items)
     items = [*draft.history, *draft.items]
     for number, item in enumerate(items):
         if _item_type(item) in ("additional_tools", "tool_search_output"):
@@ -3823,10 +3832,6 @@ def _compaction_item(draft: ResponsesDraft, item: JSON, path: str) -> None:
     draft.turns.append(("user", text_block(text)))
 
 
-def _compaction_trigger(draft: ResponsesDraft, item: JSON, path: str) -> None:
-    draft.compacts = True
-
-
 def _configuration_update(draft: ResponsesDraft, item: JSON, path: str) -> None:
     for field, read in (("reasoning", _reasoning_field), ("text", _text_field)):
         if item.get(field) is not None:
@@ -3834,7 +3839,7 @@ def _configuration_update(draft: ResponsesDraft, item: JSON, path: str) -> None:
 
 
 def _read_before(draft: ResponsesDraft, item: JSON, path: str) -> None:
-    """The tools of this item were added before all items were read."""
+    """What this item says was taken in before all items were read."""
 
 
 INPUT_ITEMS: Dict[str, ItemReader] = {
@@ -3848,7 +3853,7 @@ INPUT_ITEMS: Dict[str, ItemReader] = {
     "tool_search_output": _search_item,
     "additional_tools": _read_before,
     "compaction": _compaction_item,
-    "compaction_trigger": _compaction_trigger,
+    "compaction_trigger": _read_before,
     "configuration_update": _configuration_update,
 }
 
@@ -3863,8 +3868,7 @@ def _with_recalled_thinking(
             calls = [block["id"] for block in blocks if block["type"] == "tool_use"]
             remembered = () if thinking_of(blocks) else map(recall, calls)
             blocks = [*next(filter(None, remembered), []), *blocks]
-            while blocks and blocks[-1]["type"] in THINKING_TYPES:
-                blocks.pop()
+            drop_last_thinking(blocks)
         yield role, blocks
 
 
@@ -4678,6 +4682,9 @@ class Credential:
     def start(self) -> None:
         """Begin to renew it in time, if that is ever needed."""
 
+    def settle(self) -> None:
+        """Save what another one in its place would not know; ConfigError if that fails."""
+
     def close(self) -> None:
         """Stop renewing it, after the renewal that is under way."""
 
@@ -4823,11 +4830,13 @@ MAX_SECRET_BYTES = 1 << 20
 
 def _own_target(path: str) -> str:
     """The file itself; a symbolic link of the user's own is followed once, another's never."""
-    path = os.path.abspath(os.path.expanduser(path))
     try:
+        path = os.path.abspath(os.path.expanduser(path))
         link = os.lstat(path)
     except OSError:
         return path  # whoever opens it tells why
+    except ValueError as error:
+        raise ConfigError(f"cannot read {path!r}: {error}") from None
     if not stat.S_ISLNK(link.st_mode):
         return path
     if os.name == "posix" and link.st_uid != os.geteuid():
@@ -4961,7 +4970,9 @@ def parsed_expiry(value: Any, source: str) -> Optional[float]:
             return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
         if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             number = float(value)
-            return number / 1000 if number > 1e11 else number  # 1e11 s: the year 5138
+            seconds = number / 1000 if number > 1e11 else number  # 1e11 s: the year 5138
+            if 0 <= seconds <= 1e11:
+                return seconds
     raise ConfigError(f"{source}: expires_at is neither ISO 8601 nor seconds or milliseconds")
 
 
@@ -5168,8 +5179,9 @@ class TokenSource:
         """Return the header fields that show a token."""
         return [("authorization", f"Bearer {token}"), ("anthropic-beta", OAUTH_BETA)]
 
-    def settle(self) -> None:
-        """Save what could not be saved before."""
+    def settle(self) -> bool:
+        """Save what could not be saved before; whether nothing of that is left."""
+        return True
 
 
 class Renewed(Credential):
@@ -5281,6 +5293,11 @@ class Renewed(Credential):
         end = self._bundle.expires_at
         left = self.TICK if end is None else end - self._source.margin - self._outside.clock()
         return left if 0 < left < self.TICK else self.TICK
+
+    def settle(self) -> None:
+        with self._renewal:
+            if not self._source.settle():
+                raise ConfigError(f"the login of {self._source.place} is not on the disk yet")
 
     def close(self) -> None:
         self._stopping.set()
@@ -5440,10 +5457,11 @@ class BundleFile(TokenSource):
             return
         self._unsaved = None
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         if self._unsaved:
             self._save(self._unsaved)
             self._unlock()
+        return self._unsaved is None
 
     def _unlock(self) -> None:
         if self._lock is not None and self._unsaved is None:
@@ -5604,6 +5622,10 @@ class ClientKeys:
     def secrets(self) -> List[str]:
         """Return what must never be shown."""
         return [key.decode() for key in self._keys.values()]
+
+    def key_of(self, name: str) -> str:
+        """Return the key of a name; the name itself where there is none."""
+        return self._keys.get(name, name.encode()).decode()
 
     def stripped(self, client: Dict[str, str]) -> Dict[str, str]:
         """Return a request's headers without our own keys, which must never go upstream."""
@@ -7260,7 +7282,11 @@ def kept_key(path: str) -> bytes:
                 os.link(draft, path)
         finally:
             os.unlink(draft)
-    with open(path, encoding="ascii", errors="replace") as file:
+
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # it may be a FIFO
+
+    with open(path, encoding="ascii", errors="replace", opener=opener) as file:
         text = file.read(1000).strip()
     if not re.fullmatch("[0-9a-f]{64}", text):
         raise OSError(errno.EINVAL, "holds no key of 64 hexadecimal digits")
@@ -8002,10 +8028,10 @@ class App:
 
     def _owner(self, request: Request) -> str:
         """Who may see an answer again: the client key that was shown, or what paid for it."""
-        passed = isinstance(self.credential, Passthrough)
-        client = self.policy.client_keys.stripped(request.headers)
-        paid = self.credential.authorization(client) if passed else []
-        text = "\n".join([request.key_name, *(value for _, value in paid)])
+        passed, keys = isinstance(self.credential, Passthrough), self.policy.client_keys
+        paid = self.credential.authorization(keys.stripped(request.headers)) if passed else []
+        # Not the name: that of a key without one is its line, and lines move.
+        text = "\n".join([keys.key_of(request.key_name), *(value for _, value in paid)])
         return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
     def _keep(self, owner: str, draft: ResponsesDraft, response: JSON) -> None:
@@ -8287,7 +8313,8 @@ def item_page(items: Sequence[JSON], target: str) -> JSON:
     ids = [item.get("id") for item in ordered]
     start = ids.index(after) + 1 if after in ids else 0
     limit = next(iter(query_values(target, "limit")), "20")
-    end = start + min(100, max(1, int(limit) if limit.isdecimal() else 20))
+    size = int(limit) if re.fullmatch("[0-9]{1,9}", limit) else 20
+    end = start + min(100, max(1, size))
     page = ordered[start:end]
     return {**one_page(page), "has_more": end < len(ordered)}
 
@@ -10571,6 +10598,8 @@ def settings_from(
     for option in OPTIONS:
         text, source = _given(option, arguments, environment, file)
         try:
+            if "\0" in text:  # which only a file can hold
+                raise ValueError("a NUL byte has no place here")
             values[option.field] = option.parse(text)
         except ValueError as error:
             got = "" if option.metavar in ("URL", "HEADER") else f", got {text!r}"  # may be secret
@@ -10626,6 +10655,8 @@ def read_text(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(f"cannot read {path}: {reason}") from None
+    except ValueError as error:  # no path at all
+        raise ConfigError(f"cannot read {path!r}: {error}") from None
 
 
 NO_CREDENTIAL = """claude_shim needs a credential for Claude. Give it one of:
@@ -10949,7 +10980,7 @@ def tls_context(settings: Settings, url: str) -> Optional[ssl.SSLContext]:
 
 
 def _no_password() -> str:
-    raise ssl.SSLError("the key is encrypted")
+    raise OSError("the key is encrypted")
 
 
 def upstream_from(settings: Settings) -> Upstream:
@@ -11110,6 +11141,8 @@ def reconfigure(server: Server, settings: Settings, environment: Dict[str, str])
     """
     keys = client_keys_from(settings, environment)
     app, former = server.app, server.app.payers()
+    for payer in former:
+        payer.settle()
     app.log.learn(secrets_of(settings, keys))
     credential, fallback = payers_from(settings, environment, app.log)
     app.credential, app.policy = credential, policy_from(settings, keys, fallback)
@@ -11133,6 +11166,8 @@ def listening_host(settings: Settings, environment: Dict[str, str]) -> str:
 def listener_context(settings: Settings) -> Optional[ssl.SSLContext]:
     """Return the TLS context to serve with; ConfigError when its files cannot be used."""
     if not settings.tls_cert:
+        if settings.tls_key:
+            raise ConfigError("--tls-key needs --tls-cert: without, this would be plain HTTP")
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
@@ -11168,8 +11203,9 @@ def _check_store(store: ResponseStore) -> None:
 def _cannot_listen(settings: Settings, error: Exception, taker: str = "") -> str:
     where = settings.unix or f"{settings.host}:{settings.port}"
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        return f"{where} is taken by {taker or 'another program'}; choose another --port"
-    reason = error.strerror if isinstance(error, OSError) else str(error)
+        flag = "--unix" if settings.unix else "--port"
+        return f"{where} is taken by {taker or 'another program'}; choose another {flag}"
+    reason = getattr(error, "strerror", None) or error
     return f"cannot listen on {where}: {reason}"
 
 
@@ -11254,6 +11290,8 @@ class Terminal:
 
         if not has_screen(self._environment, sys.platform):
             return False
+        for name in SECRET_VARIABLES:  # a browser has no business with them
+            os.environ.pop(name, None)
         opened: List[bool] = []
         opening = threading.Thread(target=lambda: opened.append(webbrowser.open(url)), daemon=True)
         opening.start()
@@ -11470,9 +11508,13 @@ def logout(call: Call) -> int:
     if not os.path.exists(path):
         call.terminal.say(f"There is no login in {path}.")
         return 0
-    with locked_login(path):
-        fault = _revoked(call, parsed_bundle(read_secret_file(path), path))
-        os.unlink(path)
+    try:
+        with locked_login(path):
+            finish_write(path, parsed_bundle)  # the tokens in force, if a renewal was killed
+            fault = _revoked(call, parsed_bundle(read_secret_file(path), path))
+            os.unlink(path)
+    except (OSError, ShimError) as error:
+        raise ConfigError(f"{path} could not be deleted: {error}") from None
     call.terminal.say(f"Deleted {path}.")
     if fault:
         advice = "They end by themselves, or at once if you log out everywhere at claude.ai."
@@ -11661,6 +11703,7 @@ def examination(call: Call) -> Examination:
         for secret in chosen.secrets():
             log.hide(secret)
         if not isinstance(chosen, Passthrough):
+            _check_renewable(chosen)
             chosen.authorization({})
             credential = chosen
     except (ConfigError, ShimError) as error:
@@ -11668,6 +11711,20 @@ def examination(call: Call) -> Examination:
     with contextlib.closing(credential):
         answer = _asked(settings, credential, log)
     return Examination(call, standings(call), fault, answer)
+
+
+def _check_renewable(credential: Credential) -> None:
+    """ConfigError if a login is due that cannot be written: it would be lost with this process."""
+    told = credential.describe()
+    if credential.ready() or told.kind not in ("oauth-bundle", "profile"):
+        return
+    try:
+        with locked_login(told.source):
+            finish_write(told.source, parsed_bundle)
+            write_secret_file(told.source, read_secret_file(told.source))
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"the login of {told.source} cannot be written: {reason}") from None
 
 
 def _asked(settings: Settings, credential: Credential, log: Log) -> Answer:
@@ -11746,10 +11803,10 @@ def _check_upstream(seen: Examination) -> Iterator[Finding]:
         )
     elif not status:
         yield Finding("fault", reason)
+    elif status == 404 or (status in (200, 401) and unshown):
+        yield Finding("ok", f"{url} answers; the credential was not tried")
     elif status == 200:
         yield Finding("ok", f"{url} takes the credential")
-    elif status == 404 or (status == 401 and unshown):
-        yield Finding("ok", f"{url} answers; the credential was not tried")
     else:
         yield Finding("fault", f"{url} answers with status {status}: {reason}")
 
@@ -11787,6 +11844,8 @@ def _check_callers(seen: Examination) -> Iterator[Finding]:
 
 def _check_port(seen: Examination) -> Iterator[Finding]:
     settings = seen.call.settings
+    if settings.unix:  # it takes no port
+        return
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         socket.create_server((settings.host, settings.port), family=family).close()

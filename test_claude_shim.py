@@ -3228,6 +3228,13 @@ def test_conversation_without_content_is_a_bad_request(turns: List[Turn]) -> Non
     assert caught.value.param == "messages"
 
 
+def test_thinking_before_a_call_that_is_dropped_does_not_end_the_turn() -> None:
+    call = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
+    thought = {"type": "thinking", "thinking": "t", "signature": "s"}
+    (_, turn, _) = shim.conversation([("assistant", [thought, call, thought, call])])
+    assert turn == {"role": "assistant", "content": [thought, call]}
+
+
 @pytest.mark.parametrize("content", ["", " ", [], None])
 def test_conversation_has_no_turn_without_content_for_a_stray_empty_result(content: Any) -> None:
     messages = shim.conversation([asked(tool_result("x", content)), told("1"), asked("2")])
@@ -10667,6 +10674,16 @@ BAD_BUNDLES = [
         "FILE: expires_at is neither ISO 8601 nor seconds or milliseconds",
     ),
     case(
+        "an expiry that no clock will see",
+        '{"access_token": "a", "expires_at": 1e300}',
+        "FILE: expires_at is neither ISO 8601 nor seconds or milliseconds",
+    ),
+    case(
+        "an expiry that is infinite",
+        '{"access_token": "a", "expires_at": "' + "9" * 400 + '"}',
+        "FILE: expires_at is neither ISO 8601 nor seconds or milliseconds",
+    ),
+    case(
         "an expiry that is true",
         '{"access_token": "a", "expires_at": true}',
         "FILE: expires_at is neither ISO 8601 nor seconds or milliseconds",
@@ -11287,7 +11304,8 @@ def test_token_that_cannot_be_written_serves_and_nobody_else_may_renew_meanwhile
     with pytest.raises(shim.CredentialUnavailableError) as caught:
         shim.lock_file(f"{path}.lock", 0.01)
     assert caught.value.message == f"another process does not let go of {path}.lock"
-    source.settle()
+    with pytest.raises(shim.ConfigError, match="is not on the disk yet"):
+        credential.settle()
     assert len(there.told) == 1  # once is enough
     there.full = False
     credential.close()
@@ -11616,6 +11634,27 @@ def test_program_gets_no_secret_in_its_environment() -> None:
     assert "ANTHROPIC_API_KEY" not in ran.stdout
 
 
+@ON_POSIX
+def test_browser_gets_no_secret_in_its_environment(tmp_path: Path) -> None:
+    browser = tmp_path / "browser"
+    browser.write_text("#!/bin/sh\necho $1 with ${ANTHROPIC_API_KEY:-no key}\n")
+    browser.chmod(0o700)
+    code = "import os, claude_shim as s; s.Terminal({'BROWSER': 'b'}).browse('https://page')"
+    ran = subprocess.run(
+        [sys.executable, "-B", "-c", code],
+        env={
+            "PATH": "/bin:/usr/bin",
+            "PYTHONPATH": str(MODULE_FILE.parent),
+            "BROWSER": f"{browser} %s",
+            "ANTHROPIC_API_KEY": "sk-ant-api03-x",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout == "https://page with no key\n"
+
+
 def claude_code_login(token: str, expires_at: float = NOW * 1000 + 3_600_000) -> str:
     return json.dumps(
         {
@@ -11854,6 +11893,11 @@ def test_client_key_file_refused(text: str, message: str) -> None:
     with pytest.raises(shim.ConfigError) as caught:
         shim.parsed_client_keys(text, "keys.txt")
     assert str(caught.value) == message
+
+
+def test_key_of_a_name() -> None:
+    assert CLIENT_KEYS.key_of("line 9") == "line 9"
+    assert shim.ClientKeys({"line 1": "k1"}).key_of("line 1") == "k1"
 
 
 def test_client_key_file_does_not_lose_a_key_of_a_repeated_name() -> None:
@@ -14839,6 +14883,14 @@ def test_responses_that_failed_are_not_stored() -> None:
         assert get(app, f"{RESPONSES}/{made['id']}").status == 404
 
 
+def test_responses_go_on_after_a_compaction_and_do_not_compact_again() -> None:
+    with closing_app(FINE, FINE) as (app, _):
+        compacted = responded(app, {"input": [user("one"), {"type": "compaction_trigger"}]})
+        assert [item["type"] for item in compacted["output"]] == ["compaction"]
+        more = {"input": "two", "previous_response_id": compacted["id"]}
+        assert [item["type"] for item in responded(app, more)["output"]] == ["message"]
+
+
 def test_responses_belong_to_the_key_that_asked() -> None:
     with closing_app(FINE, **BOTH_KEYS) as (app, upstream):
         made = responded(app, {"input": "secret"}, "ann")
@@ -14854,6 +14906,15 @@ def test_responses_belong_to_the_key_that_asked() -> None:
             assert respond(app, {"input": [reference]}, owner).status == 400
         assert get(app, path, "ann").status == 200
     assert len(upstream.requests) == 1
+
+
+def test_responses_belong_to_the_key_and_not_to_its_line() -> None:
+    before, after = shim.ClientKeys({"line 1": "k1"}), shim.ClientKeys({"line 1": "new", "x": "k1"})
+    with closing_app(FINE, client_keys=before) as (app, _):
+        path = f"{RESPONSES}/{responded(app, {'input': 'secret'}, 'line 1')['id']}"
+        app.policy = app.policy._replace(client_keys=after)  # as SIGHUP does it
+        assert get(app, path, "line 1").status == 404
+        assert get(app, path, "x").status == 200
 
 
 def test_responses_belong_to_the_credential_that_was_passed_on() -> None:
@@ -15066,6 +15127,7 @@ PAGES = [
     case("after an unknown one", "?after=x", ["c", "b", "a"], False),
     case("nonsense", "?limit=-1&order=up", ["c", "b", "a"], False),
     case("no page at all", "?limit=0", ["c"], True),
+    case("more digits than Python converts", f"?limit={'9' * 5000}", ["c", "b", "a"], False),
 ]
 
 
@@ -15219,6 +15281,13 @@ def test_sealing_key_is_made_when_it_is_needed(tmp_path: Path) -> None:
         assert not path.exists()
         responded(app, {"input": "hi"})
         assert path.exists()
+
+
+@ON_POSIX
+def test_sealing_key_that_is_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "sealing.key")
+    with pytest.raises(OSError, match="holds no key"):
+        shim.kept_key(str(tmp_path / "sealing.key"))
 
 
 @pytest.mark.parametrize("text", ["", "short", "z" * 64, "\u00e9" * 64])
@@ -18449,6 +18518,11 @@ BAD_SETTINGS = [
         "configuration file, port: expected a port from 0 to 65535, got '-1'",
     ),
     case(
+        "a path that none is",
+        {"file": {"api-key-file": "a\0b"}},
+        "configuration file, api-key-file: a NUL byte has no place here, got 'a\\x00b'",
+    ),
+    case(
         "a kind of upstream",
         {"argv": ["--upstream", "ftp"]},
         "--upstream: expected one of http, echo, got 'ftp'",
@@ -19041,6 +19115,23 @@ def test_new_settings_end_the_renewal_of_the_former_credential(tmp_path: Path) -
     assert log.getvalue().endswith("[secret] [secret]\n")
 
 
+def test_new_settings_wait_for_a_login_that_is_not_on_the_disk(tmp_path: Path) -> None:
+    """A new credential would read the spent token, and wait for the lock of the former one."""
+    there, path = World(in_tokens("at-2", "rt-2")), login_file(tmp_path)
+    there.full = True
+    settings, env = settings_of("--port", "0"), {"ANTHROPIC_API_KEY": "k"}
+    with shim.server_from(settings, env, io.StringIO()) as server:
+        credential = server.app.credential = renewed_from(path, there)
+        assert credential.authorization({}) == shown("at-2")
+        with pytest.raises(shim.ConfigError, match="is not on the disk yet"):
+            shim.reconfigure(server, settings, env)
+        assert server.app.credential is credential
+        there.full = False
+        shim.reconfigure(server, settings, env)
+        assert server.app.credential.describe().kind == "api-key"
+    assert json.loads(Path(path).read_text())["refresh_token"] == "rt-2"
+
+
 def test_fallback_that_is_used_anyway_is_refused(tmp_path: Path) -> None:
     settings = settings_of("--fallback-auth", "api-key", "--port", "0")
     env = {"HOME": str(tmp_path), "ANTHROPIC_API_KEY": "k"}
@@ -19147,6 +19238,30 @@ def test_key_goes_over_plain_http_only_to_this_machine(argv: List[str], allowed:
     assert str(caught.value) == (
         "--base-url is http:// to another host, which shows the key; use https://"
     )
+
+
+@pytest.mark.parametrize("read", [shim.read_text, shim.read_secret_file])
+def test_path_that_none_is_told_in_a_sentence(read: Callable[[str], str]) -> None:
+    with pytest.raises(shim.ConfigError, match=r"cannot read '/a\\x00b': embedded null"):
+        read("/a\0b")
+
+
+def test_key_without_certificate_does_not_serve_plain_http() -> None:
+    with pytest.raises(shim.ConfigError, match="--tls-key needs --tls-cert"):
+        shim.listener_context(settings_of("--tls-key", "key.pem"))
+
+
+@ON_POSIX
+def test_path_that_is_taken_is_told_in_a_sentence(tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("no socket")
+    for path, reason in (
+        (taken, f"{taken} is taken by another program; choose another --unix"),
+        (tmp_path / ("x" * 200), "cannot listen on .*: AF_UNIX path too long"),
+    ):
+        settings = settings_of("--upstream", "echo", "--unix", str(path))
+        with pytest.raises(shim.ConfigError, match=reason):
+            shim.server_from(settings, {}, io.StringIO())
 
 
 def test_port_that_is_taken_is_told_in_a_sentence() -> None:
@@ -19631,6 +19746,29 @@ def test_logout_without_a_network_deletes_all_the_same(tmp_path: Path) -> None:
     assert "The tokens were not revoked: cannot reach upstream" in user.said[1]
 
 
+def test_logout_takes_along_what_a_killed_renewal_left(tmp_path: Path) -> None:
+    path, user = tmp_path / "oauth.json", ScriptedUser()
+    for name, token in (("oauth.json", "old"), ("oauth.json.new", "new")):
+        text = json.dumps({"access_token": "a", "refresh_token": token})
+        shim.write_secret_file(str(tmp_path / name), text)
+    with FakeUpstream([json_bytes({}, "200 OK")]) as fake:
+        given = ["--bundle", str(path), "--token-url", f"{fake.url}/v1/oauth/token"]
+        assert shim.logout(command_call(user, *given)) == 0
+        assert posted(fake)["token"] == "new"
+    assert not path.exists()
+    assert not path.with_name("oauth.json.new").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="O_NOFOLLOW is of POSIX")
+def test_logout_that_gets_no_lock_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "oauth.json"
+    shim.write_secret_file(str(path), BUNDLE)
+    os.symlink("elsewhere", f"{path}.lock")
+    with pytest.raises(shim.ConfigError, match="could not be deleted: cannot open"):
+        shim.logout(command_call(ScriptedUser(), "--bundle", str(path)))
+    assert path.exists()
+
+
 def test_logout_without_a_login_is_none(tmp_path: Path) -> None:
     path, user = tmp_path / "oauth.json", ScriptedUser()
     assert shim.logout(command_call(user, "--bundle", str(path))) == 0
@@ -20028,6 +20166,17 @@ def test_doctor_shows_upstream_the_credential_once(tmp_path: Path) -> None:
     )
 
 
+def test_doctor_renews_no_login_that_it_could_not_write(tmp_path: Path) -> None:
+    files = {"state/claude-shim/oauth.json": {**LOGIN_IN_2_HOURS, "expires_at": NOW - 1}}
+    with FakeUpstream([json_bytes({"data": []})]) as fake:
+        argv = ["--base-url", fake.url, "--token-url", f"{fake.url}/token", "--json"]
+        call, user = call_at_home(tmp_path, files, {}, *argv)
+        (tmp_path / "state/claude-shim/oauth.json.new").mkdir()  # as good as a full disk
+        assert shim.doctor(call) == 1
+    assert [request.split()[1] for request in fake.requests] == [b"/v1/models?limit=1"]
+    assert "oauth.json cannot be written: " in user.said[0]
+
+
 def seen_by_doctor(*argv: str, env: Optional[Dict[str, str]] = None, **seen: Any) -> Any:
     """What a check of the doctor looks at; all is well but what is given."""
     call = command_call(ScriptedUser(), *argv, env=env)._replace(clock=lambda: NOW)
@@ -20064,6 +20213,12 @@ CHECKED = [
         "upstream",
         {"answer": shim.Answer("https://u", reason="cannot reach upstream at x: no route")},
         ["fault cannot reach upstream at x: no route"],
+    ),
+    case(
+        "an upstream that answers without the credential",
+        "upstream",
+        {"answer": shim.Answer("https://u", 200), "fault": "no token"},
+        ["ok https://u answers; the credential was not tried"],
     ),
     case(
         "claude_shim before itself",
@@ -20117,6 +20272,10 @@ def test_check_of_a_proxy_shows_no_password(proxy_environment: Any) -> None:
     proxy_environment(HTTPS_PROXY="socks5://proxy.example:1080")
     (finding,) = shim.CHECKS["proxy"](seen_by_doctor())
     assert finding.verdict == "fault"
+
+
+def test_check_of_a_port_that_is_not_needed() -> None:
+    assert not list(shim.CHECKS["port"](seen_by_doctor("--unix", "/run/x")))
 
 
 def test_check_of_a_port_that_is_taken() -> None:
