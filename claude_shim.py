@@ -7113,6 +7113,7 @@ class ResponseStore:
         self._lock = threading.Lock()
         self._connection: Optional[sqlite3.Connection] = None
         self._unsaved: Deque[Tuple[str, Sequence[JSON], JSON]] = deque()
+        self._uncounted = self._room = 0  # bytes since all were counted, and until they are again
 
     def put(self, owner: str, items: Sequence[JSON], response: JSON) -> None:
         """Keep a response, with the items of its own request; `save` writes it, or what reads."""
@@ -7137,7 +7138,7 @@ class ResponseStore:
         named = [(owner, item["id"], id) for item in response["output"]]
         database.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         database.executemany("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", named)
-        self._forget(database)
+        self._forget(database, row[4])
 
     def response(self, owner: str, id: str) -> Optional[JSON]:
         """Return a response as it was given."""
@@ -7231,13 +7232,20 @@ class ResponseStore:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         return path
 
-    def _forget(self, database: sqlite3.Connection) -> None:
+    def _forget(self, database: sqlite3.Connection, added: int) -> None:
         oldest = (self._clock() - self._hours * 3600,)
         database.execute("DELETE FROM responses WHERE used < ?", oldest)
-        query = "SELECT sum(bytes) FROM responses"
-        while (database.execute(query).fetchone()[0] or 0) > self.max_bytes:
-            first = "(SELECT rowid FROM responses ORDER BY used LIMIT 1)"
-            database.execute(f"DELETE FROM responses WHERE rowid = {first}")
+        self._uncounted += added
+        if self._uncounted > self._room:  # by now there may be too much; counting takes a while
+            total = database.execute("SELECT sum(bytes) FROM responses").fetchone()[0] or 0
+            enough = self.max_bytes - self.max_bytes // 64
+            rows = "SELECT rowid, bytes FROM responses ORDER BY used"
+            for rowid, size in database.execute(rows).fetchall() if total > self.max_bytes else ():
+                if total <= enough:
+                    break
+                database.execute("DELETE FROM responses WHERE rowid = ?", (rowid,))
+                total -= size
+            self._uncounted, self._room = 0, min(self.max_bytes - total, self.max_bytes // 64)
 
 
 def _with_tables(database: sqlite3.Connection) -> sqlite3.Connection:
@@ -7283,11 +7291,10 @@ def kept_key(path: str) -> bytes:
         finally:
             os.unlink(draft)
 
-    def opener(path: str, flags: int) -> int:
-        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # it may be a FIFO
-
-    with open(path, encoding="ascii", errors="replace", opener=opener) as file:
-        text = file.read(1000).strip()
+    try:
+        text = read_secret_file(path).strip()
+    except ConfigError as error:
+        raise OSError(errno.EINVAL, str(error)) from None
     if not re.fullmatch("[0-9a-f]{64}", text):
         raise OSError(errno.EINVAL, "holds no key of 64 hexadecimal digits")
     return bytes.fromhex(text)
@@ -10040,7 +10047,7 @@ class Server(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         """The base URL for clients."""
         if self.socket.family not in _NETWORK:
-            return f"http+unix://{urllib.parse.quote(self.server_name, safe='')}"
+            return f"unix:{self.server_name}"
         host, port = self.server_address[:2]
         shown = f"[{host!s}]" if ":" in str(host) else str(host)
         return f"{'https' if self.tls else 'http'}://{shown}:{port}"
@@ -11218,14 +11225,19 @@ def welcome(server: Server) -> str:
     app = server.app
     callers = _callers(app.policy.client_keys)
     key = "your-client-key" if app.policy.client_keys else "anything"
+    clients = [
+        f"  OpenAI      export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={key}",
+        f"  Anthropic   export ANTHROPIC_BASE_URL={server.url} ANTHROPIC_API_KEY={key}",
+    ]
+    if not server.url.startswith("http"):
+        clients = [f"  to try it   curl --unix-socket {server.server_name} http://localhost/health"]
     return "\n".join(
         [
             f"claude_shim {__version__} listening on {server.url}",
             f"  upstream    {app.upstream.url}",
             f"  credential  {app.credential.describe()}",
             f"  callers     {callers}",
-            f"  OpenAI      export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={key}",
-            f"  Anthropic   export ANTHROPIC_BASE_URL={server.url} ANTHROPIC_API_KEY={key}",
+            *clients,
         ]
     )
 

@@ -15286,21 +15286,31 @@ def test_sealing_key_is_made_when_it_is_needed(tmp_path: Path) -> None:
 @ON_POSIX
 def test_sealing_key_that_is_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "sealing.key")
-    with pytest.raises(OSError, match="holds no key"):
+    with pytest.raises(OSError, match="no regular file"):
         shim.kept_key(str(tmp_path / "sealing.key"))
+
+
+@ON_POSIX
+def test_sealing_key_that_others_can_read_is_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "sealing.key"
+    shim.kept_key(str(path))
+    path.chmod(0o644)
+    with pytest.raises(OSError, match="can be read by others: run chmod 600"):
+        shim.kept_key(str(path))
 
 
 @pytest.mark.parametrize("text", ["", "short", "z" * 64, "\u00e9" * 64])
 def test_sealing_key_file_that_holds_none_is_told_and_left_alone(tmp_path: Path, text: str) -> None:
     path = tmp_path / "sealing.key"
     path.write_text(text, encoding="utf-8")
+    path.chmod(0o600)
     log = io.StringIO()
     with closing_app(FINE, sealing_key_file=str(path)) as (app, _):
         app.log = shim.Log(log)
         assert len(app.sealing_key()) == 32
         assert app.sealing_key() == app.sealing_key()
     assert path.read_text(encoding="utf-8") == text
-    assert "holds no key of 64 hexadecimal digits" in log.getvalue()
+    assert "note: sealed thinking ends with this process: " in log.getvalue()
 
 
 @pytest.mark.parametrize("config", [None, "my.ini"])
@@ -18228,7 +18238,7 @@ def test_unix_socket_is_for_its_owner_only(tmp_path: Path) -> None:
     app, _ = app_on(streamed(*TEXT_EVENTS))
     with shim.Server(app, f"unix:{path}") as server:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert server.url.startswith("http+unix://")
+        assert server.url == f"unix:{path}"
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(path))
             sock.sendall(HEALTH)
@@ -20518,7 +20528,7 @@ def test_program_serves_on_a_unix_socket(tmp_path: Path) -> None:
         text=True,
     ) as process:
         assert process.stdout is not None
-        assert "http+unix://" in process.stdout.readline()
+        assert process.stdout.readline().endswith(f"listening on unix:{path}\n")
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
             client.sendall(HEALTH)
