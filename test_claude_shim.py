@@ -19252,7 +19252,7 @@ def test_key_goes_over_plain_http_only_to_this_machine(argv: List[str], allowed:
 
 @pytest.mark.parametrize("read", [shim.read_text, shim.read_secret_file])
 def test_path_that_none_is_told_in_a_sentence(read: Callable[[str], str]) -> None:
-    with pytest.raises(shim.ConfigError, match=r"cannot read '/a\\x00b': embedded null"):
+    with pytest.raises(shim.ConfigError, match=r"cannot read '/a\\x00b': .*embedded null"):
         read("/a\0b")
 
 
