@@ -11257,21 +11257,29 @@ def no_core_dumps() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+class Interrupts:
+    """Handles signals to stop: the first raises KeyboardInterrupt, a second one ends at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self._asked:
+            os._exit(130)
+        self._asked = True
+        raise KeyboardInterrupt
 
 
 def serve(server: Server, reload: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM, then let answers end; a second one ends at once."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupts = Interrupts()
+    signal.signal(signal.SIGINT, interrupts)
+    signal.signal(signal.SIGTERM, interrupts)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda number, frame: threading.Thread(target=reload).start())
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever(poll_interval=0.2)
-        server.stop()
-    except KeyboardInterrupt:
-        os._exit(130)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever(poll_interval=0.2)
+    server.stop()
 
 
 # --- the commands: each returns its exit code

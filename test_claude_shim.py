@@ -20466,15 +20466,14 @@ def test_signal_lets_a_running_answer_end_and_a_second_one_does_not(tmp_path: Pa
         FakeUpstream([BEGUN, UNTIL_GONE]) as fake,
         program(tmp_path, "--base-url", fake.url, **key) as (process, address),
         socket.create_connection(address, PATIENCE) as client,
+        socket.create_connection(address, PATIENCE) as idle,
     ):
         client.sendall(POST_CHAT)
         assert fake.stalled.acquire(timeout=PATIENCE)
         process.send_signal(signal.SIGTERM)
-        refused = False
-        while not refused:  # the port is closed first
-            with contextlib.suppress(OSError), socket.create_connection(address):
-                continue
-            refused = True
+        assert idle.recv(1) == b""
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, PATIENCE)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 130
