@@ -5825,6 +5825,33 @@ def ready_of(
     return [sock for sock in (*readers, *writers) if sock.fileno() in ready]
 
 
+_NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+def sent_now(sock: socket.socket, piece: memoryview) -> int:
+    """Return how many bytes a non-blocking socket takes now; OSError when it is broken."""
+    try:
+        return sock.send(piece)
+    except _NOT_NOW:
+        return 0
+
+
+def received_now(sock: socket.socket, size: int) -> Optional[bytes]:
+    """Return what a non-blocking socket has, b"" at its end; OSError when it is broken.
+
+    None when there is nothing, or only what is TLS's own: tickets and half records.
+    """
+    try:
+        return sock.recv(size)
+    except _NOT_NOW:
+        return None
+
+
+def holds_more(sock: socket.socket) -> bool:
+    """Return whether TLS has bytes at hand, which the socket does not show."""
+    return isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
+
+
 PROMPT_BYTES = 16 << 10  # are translated in some milliseconds, and fit into a socket's buffer
 
 
@@ -6094,15 +6121,9 @@ class UpstreamConnection(Source):
         for piece in pieces:
             rest = memoryview(piece)
             while rest:
-                rest = rest[self._sent(rest[:_PIECE]) :]
+                rest = rest[sent_now(self.sock, rest[:_PIECE]) :]
                 if rest and not request.watch.wait_writable(self.sock, self._limits.silence):
                     raise UpstreamTimeoutError("upstream does not read the request")
-
-    def _sent(self, piece: memoryview) -> int:
-        try:
-            return self.sock.send(piece)
-        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-            return 0
 
     def answer(self) -> Optional[UpstreamResponse]:
         """Return the answer if its head has come, which its body may still follow; reads once.
@@ -6135,7 +6156,7 @@ class UpstreamConnection(Source):
 
     def _head_burst(self) -> Optional[bytes]:
         try:
-            burst = self._received_now()
+            burst = received_now(self.sock, _BURST)
             if burst == b"":
                 raise ConnectionResetError("upstream closed the connection without an answer")
         except (ConnectionError, ssl.SSLError) as error:
@@ -6144,21 +6165,27 @@ class UpstreamConnection(Source):
             raise
         return burst
 
+    def failure(self, error: OSError) -> Optional[UpstreamCutError]:
+        """Close after an error before the answer; return what it comes to.
+
+        None if the request may go again, over a new connection: this one was closed while idle.
+        """
+        self.drop()
+        stale = self.used and isinstance(error, _STALE)
+        return None if stale else UpstreamCutError(f"no answer from upstream: {error}")
+
     def awaited_answer(self, request: UpstreamRequest) -> UpstreamResponse:
         """Return the answer, waiting for its head; ClientGone as soon as the client left."""
         while True:
             left = self.head_deadline - time.monotonic()
-            if left <= 0 or not (self._pending() or request.watch.wait(self.sock, left)):
+            if left <= 0 or not (holds_more(self.sock) or request.watch.wait(self.sock, left)):
                 raise UpstreamTimeoutError(NO_ANSWER_IN_TIME)
             answer = self.answer()
             if answer is not None:
                 return answer
 
-    def _pending(self) -> bool:
-        return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
-
     def ready(self) -> bool:
-        return bool(self._buffer) or self._at_end() or self._pending()
+        return bool(self._buffer) or self._at_end() or holds_more(self.sock)
 
     def read(self) -> Optional[bytes]:
         if self._at_end():
@@ -6173,16 +6200,9 @@ class UpstreamConnection(Source):
 
     def _receive(self) -> Optional[bytes]:
         try:
-            return self._received_now()
+            return received_now(self.sock, _BURST)
         except OSError as error:
             raise UpstreamCutError(f"the connection to upstream broke: {error}") from None
-
-    def _received_now(self) -> Optional[bytes]:
-        """What came; None when there is nothing, or only TLS's own: tickets and half records."""
-        try:
-            return self.sock.recv(_BURST)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return None
 
     def _decoded(self, burst: bytes) -> bytes:
         if self._chunks is None and self._left is None:
@@ -6222,7 +6242,7 @@ class UpstreamConnection(Source):
 
 
 # How a connection fails that was closed while it was idle.
-STALE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+_STALE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 NO_ANSWER_IN_TIME = "upstream did not start to answer in time"
 
 
@@ -6283,11 +6303,6 @@ class ConnectingHandler(urllib.request.BaseHandler):
 
     def http_open(self, call: UpstreamCall) -> UpstreamConnection:
         """Return an open connection; UpstreamUnreachableError says why there is none."""
-        return self._connected(call)
-
-    https_open = http_open
-
-    def _connected(self, call: UpstreamCall) -> UpstreamConnection:
         host = call.host
         try:
             sock = socket.create_connection(_address(host, call.type), self._limits.connect)
@@ -6307,6 +6322,8 @@ class ConnectingHandler(urllib.request.BaseHandler):
             sock.close()
             raise
         return UpstreamConnection(sock, call.way(), self._limits, self._release)
+
+    https_open = http_open
 
     def _secured(self, sock: socket.socket, call: UpstreamCall) -> socket.socket:
         if call.type != "https" and not call.tunnel:
@@ -6413,9 +6430,9 @@ class HTTPUpstream(Upstream):
                 connection.begin(request)
                 return connection
             except OSError as error:
-                connection.drop()
-                if not (connection.used and isinstance(error, STALE)):
-                    raise UpstreamCutError(f"no answer from upstream: {error}") from None
+                failure = connection.failure(error)
+                if failure:
+                    raise failure from None
             except BaseException:
                 connection.drop()
                 raise
@@ -6429,9 +6446,9 @@ class HTTPUpstream(Upstream):
             try:
                 return connection.awaited_answer(request)
             except OSError as error:
-                connection.drop()
-                if not (connection.used and isinstance(error, STALE)):
-                    raise UpstreamCutError(f"no answer from upstream: {error}") from None
+                failure = connection.failure(error)
+                if failure:
+                    raise failure from None
                 request = request._replace(fresh=True)
             except BaseException:
                 connection.drop()
@@ -7378,7 +7395,7 @@ LEGACY_FORM = ChatForm(CompletionStreamEncoder, completion_from_messages)
 class Form(NamedTuple):
     """How one answer is given: streamed, or whole, made of one message per choice."""
 
-    encoder: EventSink
+    encoder: Callable[[], EventSink]
     whole: Callable[[Sequence[JSON]], JSON]
 
 
@@ -7843,8 +7860,10 @@ class App:
         if len(questions) > MAX_CHOICES:
             raise RequestError(f"at most {MAX_CHOICES} choices in all", param="prompt")
         reply = ChatReply.to(drafts[0], int(time.time()))
-        encoder = form.encoder(reply, self.memory.remember)
-        made = Form(encoder, lambda messages: form.whole(messages, reply))
+        made = Form(
+            lambda: form.encoder(reply, self.memory.remember),
+            lambda messages: form.whole(messages, reply),
+        )
         return (yield from self._answered(request, questions, stream, made))
 
     def _requested_model(self, request: Request, body: JSON) -> str:
@@ -7861,7 +7880,7 @@ class App:
         head = Response(200, [*self._answer_headers(asked[0], drafts[0]), *billing[:1]])
         head = head._replace(model=str(drafts[0].request["model"]))
         if stream:
-            return head._replace(body=Stream(asked[0].source, EventTransform(form.encoder)))
+            return head._replace(body=Stream(asked[0].source, EventTransform(form.encoder())))
         return self._gathered(request, asked, head, form)
 
     def _gathered(
@@ -7965,22 +7984,13 @@ class App:
                 return learned
         raise error
 
-    def _upstream_headers(self, request: Request, betas: Sequence[str], accept: str) -> HeaderList:
-        return [
-            ("anthropic-version", "2023-06-01"),
-            ("content-type", "application/json"),
-            ("accept", accept),
-            ("user-agent", f"claude-shim/{__version__}"),
-            *([("anthropic-beta", ",".join(dict.fromkeys(betas)))] if betas else []),
-        ]
-
     def _post(
         self, request: Request, body: JSON, betas: Sequence[str]
     ) -> Conversation[UpstreamResponse]:
         """Return upstream's answer to a translated request; UpstreamError if it is no stream."""
-        headers = self._upstream_headers(request, betas, "text/event-stream")
-        call = UpstreamRequest("POST", "/v1/messages", headers, dumps(body), request.watch)
-        call = call._replace(handed_on=True)
+        headers = translated_headers(betas, "text/event-stream")
+        path, raw = "/v1/messages", dumps(body)
+        call = UpstreamRequest("POST", path, headers, raw, request.watch, handed_on=True)
         response = yield from self._sent(call, request.headers, self.policy.retries)
         if response.status != 200:
             body_bytes = read_error_body(response)
@@ -8013,7 +8023,7 @@ class App:
             remember(messages[0], response)
             return response
 
-        form = Form(ResponsesStreamEncoder(reply, remember), whole)
+        form = Form(lambda: ResponsesStreamEncoder(reply, remember), whole)
         return (yield from self._answered(request, [draft], asks_for_stream(body), form))
 
     def _responses_draft(self, request: Request, body: JSON) -> ResponsesDraft:
@@ -8089,7 +8099,7 @@ class App:
         def whole(messages: Sequence[JSON]) -> JSON:
             return compacted(response_from_message(messages[0], reply), draft)
 
-        form = Form(GatheringSink(), whole)
+        form = Form(GatheringSink, whole)
         return (yield from self._answered(request, [draft], False, form))
 
     def input_tokens(self, request: Request) -> Conversation[Response]:
@@ -8097,7 +8107,7 @@ class App:
         draft = self._responses_draft(request, loads_object(request.body))
         fitted = adapted(draft.finished(), self.catalogue.model(str(draft.request["model"])))
         counted = {k: v for k, v in fitted.request.items() if k in COUNTED_FIELDS}
-        headers = self._upstream_headers(request, draft.betas, "application/json")
+        headers = translated_headers(draft.betas, "application/json")
         path, body = "/v1/messages/count_tokens", dumps(counted)
         call = UpstreamRequest("POST", path, headers, body, request.watch)
         response = yield from self._sent(call, request.headers)
@@ -8155,9 +8165,9 @@ class App:
             raise NotFoundError("this path could climb upstream")
         passed = [(k, v) for k, v in request.headers.items() if _RELAYED_TO_UPSTREAM.fullmatch(k)]
         if "anthropic-version" not in request.headers:
-            passed.append(("anthropic-version", "2023-06-01"))
-        call = UpstreamRequest(request.method, path, passed, request.body, request.watch)
-        call = call._replace(handed_on=True)
+            passed.append(_VERSION)
+        asked = (request.method, path, passed, request.body, request.watch)
+        call = UpstreamRequest(*asked, handed_on=True)
         response = yield from self._sent(call, request.headers)
         kept = [(k, v) for k, v in response.headers if _RELAYED_TO_CLIENT.fullmatch(k)]
         ids = [("x-request-id", value) for name, value in kept if name == "request-id"]
@@ -8219,7 +8229,7 @@ class App:
 
     def _fetch_models(self, client: Dict[str, str]) -> Conversation[None]:
         try:
-            response = yield from self._get("/v1/models?limit=1000", client)
+            response = yield from self._sent(models_request(1000), client)
             body = parsed_or_none(read_error_body(response))
             if (
                 response.status == 200
@@ -8230,14 +8240,6 @@ class App:
                 self.catalogue.update(body["data"])
         except ShimError as error:
             self.log.once(f"note: upstream does not list its models: {error.message}")
-
-    def _get(self, path: str, client: Dict[str, str]) -> Conversation[UpstreamResponse]:
-        headers = [
-            ("anthropic-version", "2023-06-01"),
-            ("user-agent", f"claude-shim/{__version__}"),
-        ]
-        call = UpstreamRequest("GET", path, headers, b"", patience=GET_SECONDS)
-        return (yield from self._sent(call, client))
 
     def models(self, request: Request) -> Conversation[Response]:
         """GET /v1/models."""
@@ -8272,7 +8274,7 @@ class App:
 
     def _credential_health(self, client: Dict[str, str]) -> Conversation[JSON]:
         try:
-            response = yield from self._get("/v1/models?limit=1", client)
+            response = yield from self._sent(models_request(1), client)
         except ShimError as error:
             return {
                 "status": "failed",
@@ -8284,6 +8286,22 @@ class App:
             return {"credential": "ok"}
         reason = upstream_error(response.status, body).message
         return {"status": "failed", "credential": "refused", "reason": self.log.masked(reason)}
+
+
+_VERSION = ("anthropic-version", "2023-06-01")
+_US = ("user-agent", f"claude-shim/{__version__}")
+
+
+def translated_headers(betas: Sequence[str], accept: str) -> HeaderList:
+    """Return the header fields of a request that we have made."""
+    fields = [_VERSION, ("content-type", "application/json"), ("accept", accept), _US]
+    return fields + ([("anthropic-beta", ",".join(dict.fromkeys(betas)))] if betas else [])
+
+
+def models_request(limit: int) -> UpstreamRequest:
+    """Return the question for upstream's models, which costs nothing."""
+    path = f"/v1/models?limit={limit}"
+    return UpstreamRequest("GET", path, [_VERSION, _US], b"", patience=GET_SECONDS)
 
 
 def query_values(target: str, name: str) -> List[str]:
@@ -9024,7 +9042,7 @@ class Gate(Party):
             )
         self._waiting[exchange] = None
         exchange.wait_for_turn()
-        exchange.relay.remind(self.tick(now), self)
+        self.advance(exchange.relay)
 
     def _open(self, now: float) -> bool:
         return len(self._running) < self.limits.max_concurrent and now >= self._next_start
@@ -9045,18 +9063,18 @@ class Gate(Party):
         """Know that the request of an exchange takes up no memory any longer."""
         if exchange in self._large:
             self._large.remove(exchange)
-            exchange.relay.remind(self.tick(time.monotonic()), self)
+            self.advance(exchange.relay)
 
     def leave(self, exchange: Exchange) -> None:
         """Forget an exchange that is over, or that nobody waits for any longer."""
         self._running.discard(exchange)
         self._large.discard(exchange)
         self._waiting.pop(exchange, None)
-        exchange.relay.remind(self.tick(time.monotonic()), self)
+        self.advance(exchange.relay)
 
-    def advance(self) -> None:
-        """Begin what new limits allow."""
-        self.tick(time.monotonic())
+    def advance(self, relay: Relay) -> None:
+        """Begin what may begin by now; `relay` asks again when more may."""
+        relay.remind(self.tick(time.monotonic()), self)
 
     def tick(self, now: float) -> float:
         while self._waiting and self._open(now):
@@ -9192,32 +9210,26 @@ class Errand(Party, Generic[Outcome]):
 
     def on_ready(self) -> None:
         """Read the head."""
-        if self._pending is None:
+        if self._pending is None or self._asked is None:
             return
         try:
             answer = self._pending.answer()
-        except (OSError, ShimError) as error:
-            self._no_answer(error)
+        except ShimError as error:
+            self._head_came().drop()
+            self._hand_over(error)
+            return
+        except OSError as error:
+            self._hand_over(self._head_came().failure(error) or self._asked._replace(fresh=True))
             return
         if answer is None:
             if self._pending.ready():  # TLS has more at hand, which the socket does not show
                 self._relay.soon(self, self.on_ready)
             return
         self._head_came()
-        prompt = self._asked is not None and self._asked.prompt()
-        if prompt and answer.status == 200 and answer.is_event_stream():
+        if self._asked.prompt() and answer.status == 200 and answer.is_event_stream():
             self._proceed(self._next(answer))
         else:
             self._hand_over(answer)  # its body may take a while
-
-    def _no_answer(self, error: Exception) -> None:
-        pending = self._head_came()
-        pending.drop()
-        if pending.used and isinstance(error, STALE) and self._asked:
-            self._hand_over(self._asked._replace(fresh=True))  # again, but only once
-        else:
-            cut = UpstreamCutError(f"no answer from upstream: {error}")
-            self._hand_over(error if isinstance(error, ShimError) else cut)
 
     def tick(self, now: float) -> float:
         if self._pending is None:
@@ -9295,7 +9307,7 @@ class Pump(Party):
     def _resume(self, conversation: Conversation[None]) -> None:
         self.pause()
         exchange = self._exchange
-        self._resuming = Errand(exchange.server, exchange.keeper, conversation, self._resumed)
+        self._resuming = Errand(exchange.server, exchange.connection, conversation, self._resumed)
         self._resuming.begin(prompt=False)
 
     def _resumed(self, outcome: Optional[Exception]) -> None:
@@ -9376,12 +9388,12 @@ class Pump(Party):
         except ShimError as error:
             self.fail(error)
             return math.inf
-        if now - self._beaten >= self._exchange.heartbeat_seconds:
+        pause = self._exchange.server.limits.heartbeat_seconds
+        if now - self._beaten >= pause:
             self._beaten = now
             self._exchange.deliver(self, self.transform.heartbeat)
         silent = self._heard + self.source.silence_seconds
-        beat = self._beaten + self._exchange.heartbeat_seconds
-        return min(beat, silent, self.source.deadline, resuming)
+        return min(self._beaten + pause, silent, self.source.deadline, resuming)
 
     def abort(self) -> None:
         self.drop()
@@ -9392,9 +9404,8 @@ class Exchange(Party):
     """One request on its way: asked of the App, answered on its connection."""
 
     def __init__(self, connection: ClientConnection, request: Request, coding: str) -> None:
-        self.server, self.keeper, self._connection = connection.server, connection, connection
+        self.server, self.connection = connection.server, connection
         self.relay = connection.server.relay
-        self.heartbeat_seconds = connection.server.limits.heartbeat_seconds
         self._request = request
         self._coding = coding  # of the request's body
         self.large = len(request.body) > _LARGE
@@ -9408,7 +9419,7 @@ class Exchange(Party):
     def wait_for_turn(self) -> None:
         """The gate is closed: wait in line, but not for ever."""
         self._deadline = time.monotonic() + self.server.limits.wait_seconds
-        self.relay.remind(self._deadline, self.keeper)
+        self.relay.remind(self._deadline, self.connection)
 
     def begin(self) -> None:
         """Ask the App; here if that takes no time."""
@@ -9427,10 +9438,10 @@ class Exchange(Party):
         if isinstance(outcome, Response):
             self._respond(outcome)
         elif isinstance(outcome, ClientGone):
-            self._connection.gone = self._connection.gone or not self.over
+            self.connection.gone = self.connection.gone or not self.over
             self.cancel()
         elif isinstance(outcome, ShimError):  # the body is not in its coding
-            self._connection.break_off()
+            self.connection.break_off()
             self._respond(self.server.app.failure(outcome, self._request))
         else:  # the edge: one request's fault must not cost another's
             self._respond(self._fault(outcome))
@@ -9446,7 +9457,7 @@ class Exchange(Party):
     @property
     def full(self) -> bool:
         """Whether the client has not taken enough of a stream yet to be given more."""
-        return self._streams and self._connection.backlog > _FULL
+        return self._streams and self.connection.backlog > _FULL
 
     def _respond(self, response: Response) -> None:
         self._response = response
@@ -9456,23 +9467,23 @@ class Exchange(Party):
             streams = [body]
         else:
             streams = body.streams if isinstance(body, Gathered) else []
-        if self.over or self._connection.gone:
+        if self.over or self.connection.gone:
             for stream in streams:
                 stream.source.drop()
             self.cancel()
             return
         self._streams = isinstance(body, Stream)
         if self._streams:
-            self._connection.begin_stream(response)
+            self.connection.begin_stream(response)
         self._pumps = [Pump(self, stream) for stream in streams]
         for pump in self._pumps:
             pump.on_ready()
         if not streams:
-            self._connection.send_whole(response, self._request)
+            self.connection.send_whole(response, self._request)
             self.finish("ok")
         if not self.over:
             now = time.monotonic()
-            self.relay.remind(min(pump.beat(now) for pump in self._pumps), self._connection)
+            self.relay.remind(min(pump.beat(now) for pump in self._pumps), self.connection)
 
     def deliver(self, pump: Pump, made: bytes) -> None:
         """Take what a pump has made, and notice when the answer is whole or has failed."""
@@ -9480,9 +9491,9 @@ class Exchange(Party):
             return
         if self._streams:
             complete = pump.over and pump.transform.complete
-            self._connection.send_piece(made, complete)
+            self.connection.send_piece(made, complete)
             if pump.over and not complete:
-                self._connection.break_off()
+                self.connection.break_off()
             if pump.over:
                 self.finish("ok" if complete else "upstream failed")
         elif pump.over and (not pump.transform.complete or all(p.over for p in self._pumps)):
@@ -9496,7 +9507,7 @@ class Exchange(Party):
             outcome = "ok" if response.status < 400 else "upstream failed"
         except Exception as error:
             response, outcome = self._fault(error), type(error).__name__
-        self._connection.send_whole(response, self._request)
+        self.connection.send_whole(response, self._request)
         self.finish(outcome, response)
 
     def relieved(self) -> None:
@@ -9523,7 +9534,7 @@ class Exchange(Party):
             self._pumps[0].fail(error)
         elif not self.over:
             response = self.server.app.failure(error, self._request)
-            self._connection.send_whole(response, self._request)
+            self.connection.send_whole(response, self._request)
             self.finish(type(error).__name__, response)
 
     def finish(self, outcome: str, response: Optional[Response] = None) -> None:
@@ -9538,7 +9549,7 @@ class Exchange(Party):
         shown, model = response or self._response, self._response.model
         self.server.gate.leave(self)
         self._forget()
-        self._connection.answered(shown.status, model or shown.model, outcome)
+        self.connection.answered(shown.status, model or shown.model, outcome)
 
     def _forget(self) -> None:
         """Hold nothing that is large; a reminder may hold this for a minute."""
@@ -9551,7 +9562,7 @@ class Exchange(Party):
 
     def abort(self) -> None:
         if not self.over:
-            self._connection.abort()
+            self.connection.abort()
 
 
 def never_begun(seconds: float) -> OverloadedError:
@@ -9677,8 +9688,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
                     return
             else:
                 self._reader.feed(burst)
-            held_by_tls = isinstance(self.request, ssl.SSLSocket) and self.request.pending()
-            burst = self._received() if held_by_tls else None
+            burst = self._received() if holds_more(self.request) else None
         if burst == b"":
             self._hung_up()
         elif self._exchange or self._ending or self._more:
@@ -9688,10 +9698,9 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
 
     def _received(self) -> Optional[bytes]:
         """What came; None when nothing did, b"" when the client hung up."""
+        size = _CHUNKED_READ if self._reader.in_chunks else _READ_BYTES
         try:
-            return self.request.recv(_CHUNKED_READ if self._reader.in_chunks else _READ_BYTES)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return None
+            return received_now(self.request, size)
         except OSError:
             return b""
 
@@ -9864,8 +9873,9 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
 
     def _flush(self) -> None:
         while self._out:
-            sent = self._sent(self._out[0])
-            if sent is None:
+            try:
+                sent = sent_now(self.request, self._out[0])
+            except OSError:
                 self._out.clear()
                 self._hung_up()
                 return
@@ -9879,15 +9889,6 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         self._listen()
         if self._ending and not self._out:
             self._linger()
-
-    def _sent(self, piece: memoryview) -> Optional[int]:
-        """How many bytes the client took; None when it is gone."""
-        try:
-            return self.request.send(piece)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return 0
-        except OSError:
-            return None
 
     # --- the end of an answer, and of the connection
 
@@ -10015,7 +10016,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.draining = False
         self.connections: Dict[ClientConnection, None] = {}  # the relay's, as is what they hold:
         self.held = 0
-        self._stopped = False
         self._stopping = threading.Event()
         self.emptied = threading.Event()  # no connection is left, and none will come
         self._thread: Optional[threading.Thread] = None
@@ -10127,9 +10127,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Stop accepting, end idle connections, let answers end in time, then cut them."""
-        if self._stopped:
+        if self.draining:
             return
-        self._stopped = self.draining = self.app.draining = True
+        self.draining = self.app.draining = True
         self._stopping.set()
         if self._thread is not None:
             self.shutdown()
@@ -11154,7 +11154,7 @@ def reconfigure(server: Server, settings: Settings, environment: Dict[str, str])
     credential, fallback = payers_from(settings, environment, app.log)
     app.credential, app.policy = credential, policy_from(settings, keys, fallback)
     server.limits = server.gate.limits = limits_from(settings)
-    server.relay.call(server.gate, server.gate.advance)
+    server.relay.call(server.gate, functools.partial(server.gate.advance, server.relay))
     for payer in former:
         payer.close()
     for payer in app.payers():
@@ -11748,11 +11748,9 @@ def _check_renewable(credential: Credential) -> None:
 
 
 def _asked(settings: Settings, credential: Credential, log: Log) -> Answer:
-    headers = [("anthropic-version", "2023-06-01"), ("user-agent", f"claude-shim/{__version__}")]
-    request = UpstreamRequest("GET", "/v1/models?limit=1", headers, b"", patience=GET_SECONDS)
     try:
         with contextlib.closing(upstream_from(settings)) as upstream:
-            asking = _authorized(credential, request, {}, RetryPolicy(0))
+            asking = _authorized(credential, models_request(1), {}, NO_RETRIES)
             response = driven(asking, upstream)
             body = parsed_or_none(read_error_body(response))
     except (ConfigError, ShimError) as error:
@@ -11992,8 +11990,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return settings_from(arguments, environment, config_values(arguments.config, environment))
 
     try:
-        call = Call(settings(), environment, frozenset(given), Terminal(environment))
-        call = call._replace(config=arguments.config, settings_now=settings)
+        call = Call(
+            settings(),
+            environment,
+            frozenset(given),
+            Terminal(environment),
+            settings_now=settings,
+            config=arguments.config,
+        )
         return COMMANDS[name].run(call)
     except ConfigError as error:
         print(f"claude_shim: {error}", file=sys.stderr)

@@ -18211,7 +18211,7 @@ def test_new_limits_count_for_those_who_wait() -> None:
         second.send(POST_CHAT)
         server.gate.limits = server.gate.limits._replace(max_concurrent=2)
         while not fake.asked.acquire(timeout=0.01) or len(fake.requests) < 2:
-            server.relay.call(server.gate, server.gate.advance)
+            server.relay.call(server.gate, lambda: server.gate.advance(server.relay))
         assert_whole_chat(second.answer())
 
 
