@@ -460,6 +460,7 @@ MAX_JSON_DIGITS = 308  # of a whole number: what a double can hold, as for the o
 
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
+_WHITE_SPACE = " \t\r\n"
 _HALF = re.compile(r"[\ud800-\udfff]")  # the parser joined what is a pair
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -483,7 +484,11 @@ def loads(body: bytes) -> Any:
 
 def loads_text(text: str) -> Any:
     """Return the value of a JSON text; ValueError for what is none, NaN and infinity included."""
-    return _DECODER.decode(text)
+    # As JSONDecoder.decode, but without its regular expressions for white space.
+    value, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip(_WHITE_SPACE)))
+    if text[end:].strip(_WHITE_SPACE):
+        raise json.JSONDecodeError("Extra data", text, end)
+    return value
 
 
 def loads_object(body: bytes) -> JSON:
@@ -2493,7 +2498,7 @@ class MessageAssembler(EventSink):
 
     def _settle(self) -> None:
         if self._raw:
-            self._pieces.append(json.loads(b'"%b"' % b"".join(self._raw)))
+            self._pieces.append(loads_text('"' + b"".join(self._raw).decode("ascii") + '"'))
             self._raw = []
 
     @property
@@ -2585,29 +2590,60 @@ def _parsed_input(text: str, given: Any) -> JSON:
     return {"input": value} if isinstance(value, dict) else {"input": {}, "partial_json": text}
 
 
-# One text delta, byte for byte as Anthropic writes it (it pads with spaces before the last brace).
-# The JSON string grammar is spelled out, so that its text can be spliced as it stands; anything
-# that differs in one byte takes the way through the JSON parser.
-_TEXT_DELTA = (
+# A text delta, byte for byte as Anthropic writes it (it pads with spaces before the last brace).
+# What follows its start is looked at for a whole run at once. The JSON string grammar is spelled
+# out, so that the texts can be spliced as they stand; anything that differs in one byte takes the
+# way through the JSON parser.
+_DELTA_START = re.compile(
     rb"event: content_block_delta\n"
     rb'data: \{"type":"content_block_delta","index":(?:0|[1-9]\d{0,5}),'
     rb'"delta":\{"type":"text_delta","text":"'
-    rb'(?!")(%b[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*)"\} *\}\n\n'
 )
-TEXT_DELTA = re.compile(_TEXT_DELTA % b"")
-_TEXT_RUN = re.compile(b"(?:" + _TEXT_DELTA % b"?:" + b")+")
+_TEXT_RUN = re.compile(
+    rb'(?:[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'
+    rb'"\} *\}\n\n)+'
+)
+_QUOTE = ord('"')
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
-def ascii_texts(run: bytes) -> Optional[List[bytes]]:
-    """Return the JSON texts of a run of raw text deltas, in ASCII; None if one is not UTF-8."""
-    texts: List[bytes] = TEXT_DELTA.findall(run)
-    if run.isascii():
-        return texts
+class TextRun(NamedTuple):
+    """Text deltas that follow each other."""
+
+    events: int  # how many
+    texts: List[bytes]  # that are not empty, as JSON in ASCII, without quotes
+
+    @classmethod
+    def at(cls, blocks: Sequence[bytes], position: int) -> TextRun:
+        """Return the run that begins with a block of lines; without texts if it is none.
+
+        All its events then take the other way.
+        """
+        start = _DELTA_START.match(blocks[position])
+        if start is None:
+            return _NO_RUN
+        prefix, size = start.group(), start.end()
+        rests = []
+        for block in itertools.islice(blocks, position, None):
+            if not block.startswith(prefix):
+                break
+            rests.append(block[size:])
+        run = b"\n\n".join([*rests, b""])
+        if not _TEXT_RUN.fullmatch(run):
+            return cls(len(rests), [])
+        texts = [rest[: rest.rindex(b'"')] for rest in rests if rest[0] != _QUOTE]
+        return cls(len(rests), texts if run.isascii() else ascii_texts(texts))
+
+
+_NO_RUN = TextRun(1, [])
+
+
+def ascii_texts(texts: Iterable[bytes]) -> List[bytes]:
+    """Return JSON texts in ASCII; none at all if one is not UTF-8."""
     try:
         return [text if text.isascii() else _escaped(text) for text in texts]
     except UnicodeDecodeError:
-        return None
+        return []
 
 
 def _escaped(text: bytes) -> bytes:
@@ -2648,20 +2684,17 @@ class EventTransform:
         return b"".join(made)
 
     def _feed_events(self, events: bytes, made: List[bytes]) -> None:
-        position = 0
-        while position < len(events) and not self.complete:
-            run = _TEXT_RUN.match(events, position) if self._sink.takes_text else None
-            texts = ascii_texts(run.group()) if run else None
-            found = events.find(b"\n\n", position)
-            end = run.end() if run else found + 2 if found >= 0 else len(events)
-            if texts:
-                made.append(self._sink.feed_text(texts))
+        blocks, position, sink = events.split(b"\n\n"), 0, self._sink
+        while position < len(blocks) and not sink.complete:
+            run = TextRun.at(blocks, position) if sink.takes_text else _NO_RUN
+            if run.texts:
+                made.append(sink.feed_text(run.texts))
             else:
-                self._feed_parsed(events[position:end], made)
-            position = end
+                self._feed_parsed(blocks[position : position + run.events], made)
+            position += run.events
 
-    def _feed_parsed(self, events: bytes, made: List[bytes]) -> None:
-        for block in events.split(b"\n\n"):
+    def _feed_parsed(self, blocks: Sequence[bytes], made: List[bytes]) -> None:
+        for block in blocks:
             event = parsed_event(block) if block else None
             if event is not None:
                 made.append(self._sink.feed(event))

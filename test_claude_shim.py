@@ -4549,8 +4549,7 @@ def test_events_of_wrong_types_at_any_depth_crash_nothing() -> None:
     ],
 )
 def test_ascii_texts(run: bytes, expected: Optional[bytes]) -> None:
-    texts = shim.ascii_texts(DELTA_LINE + DELTA_START + run + b'"}}\n\n')
-    assert texts == (None if expected is None else [expected])
+    assert shim.ascii_texts([run]) == ([] if expected is None else [expected])
 
 
 DELTA_START = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"'
@@ -4638,6 +4637,37 @@ def test_text_deltas_of_one_burst_are_one_run() -> None:
     )
     assert sink.raw_runs == 2
     assert sink.open_text == "".join(f"{n} \u00e9" for n in [*range(50), *range(50)])
+
+
+@pytest.mark.parametrize(
+    ("between", "runs", "text"),
+    [
+        case("a delta of another index", DELTA_LINE + b'{"index":1}\n\n', 2, "ab"),
+        case(
+            "a text delta of another index",
+            DELTA_LINE + DELTA_START.replace(b":0", b":1") + b'x"}}\n\n',
+            3,
+            "axb",
+        ),
+        case("a start in an event that has another", DELTA_LINE, 1, None),
+        case("a start after another line", b"id: 5\n", 1, "ab"),
+        case("a start alone", DELTA_LINE + DELTA_START + b"\n\n", 0, None),
+        case("a NUL", b"event: \x00\n\n", 2, "ab"),
+        case("an empty text", DELTA_LINE + DELTA_START + b'"}}\n\n', 1, "ab"),
+        case("a line after the data", (DELTA_LINE + DELTA_START + b'x"}}\nb"}}\n\n'), 0, "axb"),
+        case("a NUL in a text", DELTA_LINE + DELTA_START + b'\x00"}}\n\n', 0, None),
+    ],
+)
+def test_what_stands_between_text_deltas_is_read_as_it_came(
+    between: bytes, runs: int, text: Optional[str]
+) -> None:
+    sink = MessageSink()
+    transform = shim.EventTransform(sink)
+    transform.feed(sse(message_start(), block_start(0, type="text", text="")))
+    first, last = (DELTA_LINE + DELTA_START + piece + b'"}}\n\n' for piece in (b"a", b"b"))
+    transform.feed(first + between + last)
+    assert (sink.raw_runs, transform.failed) == (runs, text is None)
+    assert text is None or sink.open_text == text
 
 
 HOSTILE_TEXT = [
