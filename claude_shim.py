@@ -8755,10 +8755,16 @@ class RequestReader:
         self._wanted = 0  # bytes of the body that are still to be taken from them
         self._chunks: Optional[ChunkedDecoder] = None
         self._body: List[bytes] = []  # out of chunks
+        self._body_size = 0
         self._skipped = False  # RFC 9112 2.2 allows one empty line before a request
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def held(self) -> int:
+        """How many bytes are kept, of the body too."""
+        return self._size + self._body_size
 
     @property
     def in_chunks(self) -> bool:
@@ -8808,7 +8814,7 @@ class RequestReader:
     def expect(self, framing: Framing) -> None:
         """Say how the body of the last head ends."""
         self._chunks = ChunkedDecoder() if framing.chunked else None
-        self._wanted, self._body = framing.length or 0, []
+        self._wanted = framing.length or 0
 
     def body(self) -> Optional[bytes]:
         """Return the whole body; a ProtocolError if it is malformed or too large."""
@@ -8818,14 +8824,17 @@ class RequestReader:
             buffer = self._taken()
             self.feed(buffer[self._wanted :])
             return buffer[: self._wanted]
-        self._body.append(self._chunks.feed(self._taken()))
-        if sum(map(len, self._body)) > self._limits.max_body:
+        piece = self._chunks.feed(self._taken())
+        self._body.append(piece)
+        self._body_size += len(piece)
+        if self._body_size > self._limits.max_body:
             raise too_large(self._limits.max_body)
         if not self._chunks.done:
             self._body = [b"".join(self._body)] if len(self._body) > _MOST_PIECES else self._body
             return None
         self.feed(self._chunks.rest)
-        return b"".join(self._body)
+        body, self._body, self._body_size = b"".join(self._body), [], 0
+        return body
 
 
 # --- the relay: one thread carries the bytes of all connections
@@ -9752,19 +9761,20 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _await_body(self) -> None:
-        self._hold(len(self._reader))
-        left = self._body_deadline - time.monotonic()
-        self._until(min(left, self.server.limits.body_pause_seconds), self._too_slow)
-
-    def _hold(self, size: int) -> None:
-        """Count the bytes of a body that is not whole; OverloadedError if all hold too many."""
-        self.server.held += size - self._held
-        self._held = size
+        """Wait for the rest; OverloadedError if all bodies together are too much to hold."""
+        self._hold(self._reader.held)
         if self.server.held > self.server.limits.max_held:
             raise OverloadedError(
                 "too many large requests are on their way to claude_shim",
                 headers=[("retry-after", "5")],
             )
+        left = self._body_deadline - time.monotonic()
+        self._until(min(left, self.server.limits.body_pause_seconds), self._too_slow)
+
+    def _hold(self, size: int) -> None:
+        """Count the bytes of a body that is not whole."""
+        self.server.held += size - self._held
+        self._held = size
 
     def _too_slow(self) -> None:
         self._refuse(RequestTimeoutError("the request did not come in time"))
@@ -9962,8 +9972,8 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
                 socket.socket.shutdown(self.request, socket.SHUT_RDWR)
             with contextlib.suppress(OSError):
                 self.request.close()
+            self._hold(0)
             self.server.connections.pop(self, None)
-            self.server.held -= self._held
             if self.server.draining and not self.server.connections:
                 self.server.emptied.set()
 

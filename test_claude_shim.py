@@ -16578,6 +16578,13 @@ class RawClient:
         self._buffer += burst
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what no event tells of."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to be"
+
+
 def unchunked(raw: bytes) -> bytes:
     """The data of all chunks that are there, also of the last one if it is cut."""
     pieces, position = [], 0
@@ -18180,10 +18187,24 @@ def test_upload_after_the_last_answer_is_not_kept() -> None:
         assert sum(len(connection._reader) for connection in list(server.connections)) < 1 << 20
 
 
-def test_bodies_that_are_on_their_way_have_a_limit_in_common() -> None:
+ZEROS = bytes(200_000)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        case("of a known length", raw_post("/v1/messages", ZEROS)),
+        case(
+            "in chunks",
+            raw_request("POST /v1/messages HTTP/1.1", "Transfer-Encoding: chunked")
+            + in_chunks(*[ZEROS[:5_000]] * 40)
+            + LAST_CHUNK,
+        ),
+    ],
+)
+def test_bodies_that_are_on_their_way_have_a_limit_in_common(raw: bytes) -> None:
     app, _ = app_on(streamed(*TEXT_EVENTS))
     limits = shim.ServerLimits(max_held=300_000)
-    raw = raw_post("/v1/messages", bytes(200_000), "Expect: none")
     with (
         shim.Server(app, limits=limits) as server,
         RawClient(server) as first,
@@ -18191,12 +18212,30 @@ def test_bodies_that_are_on_their_way_have_a_limit_in_common() -> None:
         RawClient(server) as third,
     ):
         first.send(raw[:-1])
-        while server.held < 199_000:
-            pass
+        wait_until(lambda: server.held > 199_000)
         assert second.send(raw[:-1]).answer().status == 529
         assert first.send(raw[-1:]).answer().status == 400
         assert third.send(raw).answer().status == 400
         assert server.held == 0
+
+
+def test_bytes_of_a_client_that_is_gone_are_let_go_once() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    raw = raw_post("/v1/messages", ZEROS)
+    limits = shim.ServerLimits(max_held=300_000)
+    go = threading.Event()
+    with shim.Server(app, limits=limits) as server, RawClient(server) as other:
+        other.send(raw[:-1])
+        wait_until(lambda: server.held > 199_000)
+        with RawClient(server) as leaving:
+            leaving.send(raw[:80_000])
+            wait_until(lambda: server.held > 279_000)
+            server.relay.call(shim.Party(), lambda: go.wait(PATIENCE))
+            leaving.send(raw[80_000:110_000])  # too many: refused, but nobody is there any more
+            reset_on_close(leaving.sock)
+        go.set()
+        wait_until(lambda: len(server.connections) == 1)
+        assert 199_000 < server.held <= 200_000
 
 
 def test_new_limits_count_for_those_who_wait() -> None:
