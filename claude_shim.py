@@ -439,6 +439,17 @@ def upstream_error(
     )
 
 
+_SCHEME_AND_HOST = re.compile(
+    r"https?://(?:\[[0-9A-Fa-f:]{2,45}\]|[A-Za-z0-9.-]{1,255})(?::[0-9]{1,5})?(?![^/?#])"
+)
+
+
+def redirect_target(headers: Iterable[Tuple[str, str]]) -> str:
+    """Return where a redirect leads: scheme and host only, as the rest may hold secrets."""
+    target = _SCHEME_AND_HOST.match(dict(headers).get("location", ""))
+    return target.group() if target else "another page"
+
+
 def error_from_event(event: JSON) -> UpstreamError:
     """Return the error of an `error` event, with the status that its type stands for."""
     detail = event.get("error")
@@ -5128,17 +5139,15 @@ def _why_no_token(answer: TokenAnswer, body: JSON, host: str, repair: str) -> Sh
     code = error.get("type") if isinstance(error, dict) else error
     if code == "invalid_grant":
         return CredentialError(f"{host} says that the login is no longer valid: {repair}")
-    fields = dict(answer.headers)
     if 300 <= answer.status < 400:
-        to = re.match(r"https?://([A-Za-z0-9.-]{1,255})", fields.get("location", ""))
-        where = to.group(1) if to else "another page"
+        where = redirect_target(answer.headers)
         said = f"redirects to {where}, which is not followed: check --token-url"
     elif answer.status == 200:
         said = "answered with what is no token: check --token-url, or log in to your network first"
     else:
         named = isinstance(code, str) and re.fullmatch("[a-z_]{1,40}", code)
         said = f"answered with status {answer.status}" + (f" ({code})" if named else "")
-    wait = fields.get("retry-after", "")
+    wait = dict(answer.headers).get("retry-after", "")
     seconds = float(wait) if re.fullmatch("[0-9]{1,6}", wait) else 5.0
     return CredentialUnavailableError(f"the token endpoint {host} {said}", seconds)
 
@@ -6531,6 +6540,7 @@ def send_with_retries(
 ) -> Conversation[UpstreamResponse]:
     """Return upstream's answer after as many tries as `policy` allows, all before a byte is shown.
 
+    UpstreamCutError for a redirect, which would carry the credential elsewhere.
     An answer that ends the tries says `x-should-retry: false`: clients would multiply them.
     """
     waited = 0.0
@@ -6550,9 +6560,18 @@ def _tried(
     request: UpstreamRequest,
 ) -> Conversation[Union[UpstreamResponse, UpstreamUnreachableError]]:
     try:
-        return (yield request)
+        answer = yield request
     except UpstreamUnreachableError as error:
         return error
+    unchanged = answer.status == 304 and request.method == "GET"
+    if 300 <= answer.status < 400 and not unchanged:
+        answer.source.drop()
+        raise UpstreamCutError(
+            f"upstream answers with status {answer.status}, a redirect to"
+            f" {redirect_target(answer.headers)}, which is not followed:"
+            " --base-url is probably wrong"
+        )
+    return answer
 
 
 def _final(

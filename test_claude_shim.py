@@ -1318,6 +1318,27 @@ def test_error_of_an_event_without_form_is_a_500(detail: Any) -> None:
     assert (error.status, error.type) == (500, "api_error")
 
 
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        case("a page", "https://a.example/login?token=hunter2#hunter2", "https://a.example"),
+        case("a host alone", "http://a.example", "http://a.example"),
+        case("a port", "http://127.0.0.1:8080/", "http://127.0.0.1:8080"),
+        case("an address of version 6", "https://[::1]:8443/x", "https://[::1]:8443"),
+        case("a query at once", "https://a.example?hunter2", "https://a.example"),
+        case("a user and password are not shown", "https://me:hunter2@a.example/", "another page"),
+        case("a user is not shown", "https://hunter2@a.example/", "another page"),
+        case("another path", "/v2/hunter2", "another page"),
+        case("another scheme", "javascript:hunter2", "another page"),
+        case("a broken host", "http://[hunter2\r\n", "another page"),
+        case("an endless host", f"http://{'a' * 300}/", "another page"),
+        case("none", "", "another page"),
+    ],
+)
+def test_redirect_is_named_without_what_may_be_secret(location: str, expected: str) -> None:
+    assert shim.redirect_target([("server", "x"), ("location", location)]) == expected
+
+
 # ----------------------------------------------------------------------
 # 2. JSON
 # ----------------------------------------------------------------------
@@ -10864,7 +10885,7 @@ TOKEN_ANSWERS = [
         "a redirect, which would carry the login away",
         no_tokens(307, location="https://evil.example/token?hunter2"),
         503,
-        "the token endpoint h.example redirects to evil.example, which is not followed: "
+        "the token endpoint h.example redirects to https://evil.example, which is not followed: "
         "check --token-url",
     ),
     case(
@@ -14461,6 +14482,40 @@ RELAYED_FAILURES = [
     case("429", rate_limited(retry_after="17"), 429),
     case("529 stays 529", overloaded(), 529),
 ]
+
+
+@pytest.mark.parametrize("path", [MESSAGES, CHAT, "/v1/responses", "/v1/messages/count_tokens"])
+def test_redirect_is_told_in_every_dialect_and_not_handed_on(path: str) -> None:
+    moved = (307, {"location": "https://login.example/?token=hunter2"}, [b"<html>"])
+    app, upstream = app_on(moved, retries=shim.RetryPolicy(2))
+    question = {**QUESTION, "input": "hi"} if path == "/v1/responses" else QUESTION
+    response = ask(app, path, question)
+    assert (response.status, field(response, "location")) == (502, [])
+    assert answered(response)["error"]["message"] == (
+        "upstream answers with status 307, a redirect to https://login.example, which is not "
+        "followed: --base-url is probably wrong"
+    )
+    assert field(response, "x-should-retry") == ["false"]
+    assert len(upstream.requests) == 1
+    assert upstream.sources[0].fate == "dropped"
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 305, 308, 399])
+def test_no_status_between_success_and_refusal_answers_a_question(status: int) -> None:
+    app, _ = app_on((status, {"location": "/elsewhere"}, [b""]))
+    response = ask(app, CHAT, QUESTION)
+    assert response.status == 502
+    assert answered(response)["error"]["message"] == (
+        f"upstream answers with status {status}, a redirect to another page, which is not "
+        "followed: --base-url is probably wrong"
+    )
+
+
+def test_relayed_resource_may_be_unchanged() -> None:
+    app, _ = app_on((304, {"request-id": "req_1"}, [b""]))
+    headers = {"anthropic-version": "2023-06-01"}
+    response = app.respond(shim.Request("GET", "/v1/files/file_1", headers))
+    assert (response.status, response.body) == (304, b"")
 
 
 def test_page_of_a_middle_box_is_told_as_an_error_not_shown_as_a_page() -> None:
@@ -19003,7 +19058,7 @@ TOKEN_FAULTS = [
     case(
         "it redirects to another host",
         [b"HTTP/1.1 308 Moved\r\nLocation: http://evil.example/\r\nContent-Length: 0\r\n\r\n"],
-        "redirects to evil.example, which is not followed: check --token-url",
+        "redirects to http://evil.example, which is not followed: check --token-url",
     ),
     case(
         "it hangs",
