@@ -11005,18 +11005,43 @@ def tls_context(settings: Settings, url: str) -> Optional[ssl.SSLContext]:
     if not url.startswith("https:"):
         return None
     context = ssl.create_default_context()
-    try:
-        if settings.ca_file:
-            context.load_verify_locations(os.path.expanduser(settings.ca_file))
-        if settings.client_cert:
-            context.load_cert_chain(os.path.expanduser(settings.client_cert), password=_no_password)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"--ca-file or --client-cert: {error}") from None
+    if settings.ca_file:
+        _trust(context, ("--ca-file", settings.ca_file))
+    if settings.client_cert:
+        both = ("--client-cert", settings.client_cert)
+        _show(context, both, both)
     return context
+
+
+NamedFile = Tuple[str, str]  # the option that names it, and its path
+
+
+def _trust(context: ssl.SSLContext, authorities: NamedFile) -> None:
+    try:
+        context.load_verify_locations(os.path.expanduser(authorities[1]))
+    except (OSError, ValueError) as error:
+        raise _tls_fault(authorities, "certificate", error) from None
+
+
+def _show(context: ssl.SSLContext, certificate: NamedFile, key: NamedFile) -> None:
+    file, key_file = (os.path.expanduser(path) for _, path in (certificate, key))
+    try:
+        context.load_cert_chain(file, key_file, _no_password)
+    except (OSError, ValueError) as error:  # which does not say of which file
+        _trust(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate)
+        raise _tls_fault(key, "private key", error) from None
 
 
 def _no_password() -> str:
     raise OSError("the key is encrypted")
+
+
+def _tls_fault(file: NamedFile, part: str, error: Exception) -> ConfigError:
+    said = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, ssl.SSLError):  # whose own text is for programmers
+        reason = (error.reason or "").replace("_", " ").lower()
+        said = f"no usable {part}" + (f" ({reason})" if reason else "")
+    return ConfigError(f"{' '.join(file)}: {said}")
 
 
 def upstream_from(settings: Settings) -> Upstream:
@@ -11206,11 +11231,10 @@ def listener_context(settings: Settings) -> Optional[ssl.SSLContext]:
             raise ConfigError("--tls-key needs --tls-cert: without, this would be plain HTTP")
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        key = os.path.expanduser(settings.tls_key or settings.tls_cert)
-        context.load_cert_chain(os.path.expanduser(settings.tls_cert), key, _no_password)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"--tls-cert or --tls-key: {error}") from None
+    certificate = ("--tls-cert", settings.tls_cert)
+    _show(
+        context, certificate, ("--tls-key", settings.tls_key) if settings.tls_key else certificate
+    )
     return context
 
 

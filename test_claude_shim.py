@@ -12837,6 +12837,7 @@ JBbksh+J9P2YJVp4fiz+RLHHPBl8+YXs+VtfiVYVgMkCIBK4KtX7sHRxN8YU9++i
 mnaRWgj9i7lLGuIeaJDobCLJ
 -----END CERTIFICATE-----
 """
+TEST_CERT = TEST_PEM[TEST_PEM.index("-----BEGIN CERT") :]
 
 
 @pytest.fixture
@@ -12849,7 +12850,7 @@ def tls_server(tmp_path: Path) -> ssl.SSLContext:
 
 
 def trusting() -> ssl.SSLContext:
-    return ssl.create_default_context(cadata=TEST_PEM[TEST_PEM.index("-----BEGIN CERT") :])
+    return ssl.create_default_context(cadata=TEST_CERT)
 
 
 def test_tls_upstream_is_read_in_any_pieces_over_one_connection(tls_server: ssl.SSLContext) -> None:
@@ -19353,6 +19354,103 @@ def test_path_that_none_is_told_in_a_sentence(read: Callable[[str], str]) -> Non
 def test_key_without_certificate_does_not_serve_plain_http() -> None:
     with pytest.raises(shim.ConfigError, match="--tls-key needs --tls-cert"):
         shim.listener_context(settings_of("--tls-key", "key.pem"))
+
+
+ANOTHER_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg01bqTexcJ5c+wTQS
+p57R2AwGzGREfN2AgF8v/dSaSg6hRANCAATZ6XdUlJ5b43FOLhIZd3WzEytVfxlf
+MupHrrGIYZ47s0HS/qApzq2P8vodTWw4o52lF8R1R40qgXfQ2/foDLA2
+-----END PRIVATE KEY-----
+"""
+LOCKED_KEY = """\
+-----BEGIN EC PRIVATE KEY-----
+Proc-Type: 4,ENCRYPTED
+DEK-Info: AES-128-CBC,00112233445566778899AABBCCDDEEFF
+
+AAAAAAAAAAAAAAAAAAAAAA==
+-----END EC PRIVATE KEY-----
+"""
+BROKEN_CERT = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+TLS_FILES = {
+    "cert": TEST_CERT,
+    "key": ANOTHER_KEY,
+    "locked": LOCKED_KEY,
+    "broken": BROKEN_CERT,
+    "text": "hunter2",
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        case("no authorities", "--ca-file none", "--ca-file {}/none: No such file or directory"),
+        case("text for authorities", "--ca-file text", "--ca-file {}/text: no usable certificate"),
+        case("a broken one", "--ca-file broken", "--ca-file {}/broken: no usable certificate"),
+        case(
+            "no client certificate",
+            "--client-cert none",
+            "--client-cert {}/none: No such file or directory",
+        ),
+        case(
+            "a client certificate without key",
+            "--client-cert cert",
+            "--client-cert {}/cert: no usable private key",
+        ),
+        case(
+            "the file at fault of two",
+            "--ca-file cert --client-cert text",
+            "--client-cert {}/text: no usable certificate",
+        ),
+        case("no certificate", "--tls-cert none", "--tls-cert {}/none: No such file or directory"),
+        case(
+            "no certificate, but a key",
+            "--tls-cert none --tls-key key",
+            "--tls-cert {}/none: No such file or directory",
+        ),
+        case(
+            "no key",
+            "--tls-cert cert --tls-key none",
+            "--tls-key {}/none: No such file or directory",
+        ),
+        case(
+            "a certificate without key",
+            "--tls-cert cert",
+            "--tls-cert {}/cert: no usable private key",
+        ),
+        case(
+            "a key for a certificate",
+            "--tls-cert key --tls-key key",
+            "--tls-cert {}/key: no usable certificate",
+        ),
+        case(
+            "text for a key",
+            "--tls-cert cert --tls-key text",
+            "--tls-key {}/text: no usable private key",
+        ),
+        case(
+            "another's key",
+            "--tls-cert cert --tls-key key",
+            "--tls-key {}/key: no usable private key (key values mismatch)",
+        ),
+        case(
+            "a locked key",
+            "--tls-cert cert --tls-key locked",
+            "--tls-key {}/locked: the key is encrypted",
+        ),
+    ],
+)
+def test_file_of_tls_that_is_no_use_is_named_with_its_option(
+    options: str, told: str, tmp_path: Path
+) -> None:
+    for name, text in TLS_FILES.items():
+        (tmp_path / name).write_text(text, encoding="ascii")
+    words = [f"{tmp_path}/{w}" if w[:2] != "--" else w for w in options.split()]
+    settings = settings_of(*words)
+    with pytest.raises(shim.ConfigError) as caught:
+        (shim.tls_context(settings, "https://a.example"), shim.listener_context(settings))
+    said = str(caught.value).replace(" (no certificate or crl found)", "")  # OpenSSL 3 says more
+    assert said == told.format(tmp_path)
 
 
 @ON_POSIX
