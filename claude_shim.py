@@ -4866,7 +4866,7 @@ def read_secret_file(path: str) -> str:
     try:
         descriptor = os.open(target, functools.reduce(operator.or_, flags, os.O_RDONLY))
         try:
-            _check_guarded(target, os.fstat(descriptor))
+            _check_guarded(path, os.fstat(descriptor))
             return os.read(descriptor, MAX_SECRET_BYTES).decode("utf-8-sig")
         finally:
             os.close(descriptor)
@@ -4881,10 +4881,13 @@ def _check_guarded(path: str, status: os.stat_result) -> None:
         raise ConfigError(f"{path} is no regular file")
     if os.name != "posix":
         return
+    import shlex
+
+    file = shlex.quote(os.path.realpath(os.path.expanduser(path)))
     if status.st_uid != os.geteuid():
-        raise ConfigError(f"{path} belongs to another user: run chown {os.geteuid()} {path}")
+        raise ConfigError(f"{path} belongs to another user: run chown {os.geteuid()} {file}")
     if status.st_mode & 0o077:
-        raise ConfigError(f"{path} can be read by others: run chmod 600 {path}")
+        raise ConfigError(f"{path} can be read by others: run chmod 600 {file}")
 
 
 def write_secret_file(path: str, text: str) -> None:

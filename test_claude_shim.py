@@ -10560,6 +10560,13 @@ def as_world_readable(path: Path) -> None:
     secret_file(path, "hunter2", 0o604)
 
 
+def as_link_to_readable(path: Path) -> None:
+    (path.parent / "folder").mkdir()
+    (path.parent / "way").symlink_to("folder")
+    secret_file(path.parent / "it's it", "hunter2", 0o640)
+    path.symlink_to("way/../it's it")
+
+
 def as_link_to_link(path: Path) -> None:
     (path.parent / "b").symlink_to("c")
     path.symlink_to("b")
@@ -10593,6 +10600,11 @@ BAD_SECRET_FILES = [
     else case("no FIFO here", Path.mkdir, "{} is no regular file"),
     case("group-readable", as_readable, "{0} can be read by others: run chmod 600 {0}"),
     case("world-readable", as_world_readable, "{0} can be read by others: run chmod 600 {0}"),
+    case(
+        "a link to a group-readable one, which is to be changed",
+        as_link_to_readable,
+        "{0} can be read by others: run chmod 600 '{0.parent}/it'\"'\"'s it'",
+    ),
     case("a link to a link", as_link_to_link, "cannot read {}: a link to a link"),
     case("not UTF-8", as_latin_1, "cannot read {}: not UTF-8"),
     case("another's", as_another_users, "{0} belongs to another user: run chown 0 {0}"),
