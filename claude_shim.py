@@ -71,6 +71,7 @@ from datetime import datetime, timezone
 from typing import (
     TYPE_CHECKING,
     Any,
+    BinaryIO,
     Callable,
     Deque,
     Dict,
@@ -5042,25 +5043,47 @@ RUN_SECONDS = 30.0
 def run_program(command: Sequence[str], seconds: float = RUN_SECONDS) -> Tuple[int, str]:
     """Return the exit code and the output of a program that is killed when time is up.
 
-    With it die the programs that it started. OSError if it cannot be run, TimeoutError.
+    With it die the programs that it started. OSError if it cannot be run or says too much,
+    TimeoutError.
     """
     import subprocess
 
+    output, end = bytearray(), time.monotonic() + seconds
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env=without_secrets(dict(os.environ)),
         start_new_session=True,
+        bufsize=0,
     ) as process:
+        reader = threading.Thread(target=_collect, args=(process.stdout, output), daemon=True)
         try:
-            output, _ = process.communicate(timeout=seconds)
+            reader.start()
+            reader.join(seconds)
+            if len(output) > MAX_SECRET_BYTES:
+                raise OSError(f"more than {MAX_SECRET_BYTES} bytes came")
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired(command, seconds)
+            process.wait(max(0.0, end - time.monotonic()))
         except BaseException as error:
             _kill_group(process.pid)
+            if reader.is_alive():
+                reader.join(1.0)  # longer only if somebody else holds the other end
             if isinstance(error, subprocess.TimeoutExpired):
                 raise TimeoutError(f"no answer within {seconds:g} seconds") from None
             raise
     return process.returncode, output.decode("utf-8", "replace")
+
+
+def _collect(pipe: BinaryIO, output: bytearray) -> None:
+    """Read to the end, or until it is too much."""
+    with contextlib.suppress(ValueError):  # nobody waits for the rest any more
+        while len(output) <= MAX_SECRET_BYTES:
+            piece = pipe.read(MAX_SECRET_BYTES + 1 - len(output))
+            if not piece:
+                break
+            output += piece
 
 
 def _kill_group(leader: int) -> None:

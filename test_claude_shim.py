@@ -11651,6 +11651,26 @@ def test_program_is_killed_with_those_it_started_when_time_is_up(tmp_path: Path)
 
 
 @ON_POSIX
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        case("endless output", "yes hunter2", "more than 1048576 bytes came"),
+        case("a closed output", "exec >&-; sleep 60", "no answer within 0.5 seconds"),
+        case("a child that keeps it", "sleep 60 & echo hunter2", "no answer within 0.5 seconds"),
+    ],
+)
+def test_program_that_gives_no_end_is_killed(script: str, told: str) -> None:
+    with pytest.raises(OSError, match=f"^{told}$"):
+        shim.run_program(["/bin/sh", "-c", script], 0.5)
+
+
+@ON_POSIX
+def test_output_of_a_program_has_a_limit_that_a_login_fits_in() -> None:
+    code, output = shim.run_program(["/bin/sh", "-c", "head -c 1048576 /dev/zero; exit 3"])
+    assert (code, output) == (3, "\0" * 1048576)
+
+
+@ON_POSIX
 def test_program_gets_no_secret_in_its_environment() -> None:
     code, output = shim.run_program([sys.executable, "-c", "print(5); raise SystemExit(7)"])
     assert (code, output) == (7, "5\n")
