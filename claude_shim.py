@@ -10652,6 +10652,28 @@ def argument_parser(command: str = "serve") -> argparse.ArgumentParser:
     return parser
 
 
+def parsed_words(command: str, words: Sequence[str]) -> argparse.Namespace:
+    """Return what the words after one of COMMANDS say; a wrong one ends this process with code 2.
+
+    Of that no more than the name of an option is repeated: it may be a key.
+    """
+    parser = argument_parser(command)
+    arguments, wrong = parser.parse_known_args(words)
+    if wrong:
+        names = [word.partition("=")[0] for word in wrong]
+        shown = ", ".join(name for name in names if re.fullmatch("--[A-Za-z_-]{1,40}", name))
+        secret = re.search("key|token|secret|sk-", " ".join(wrong), re.IGNORECASE)
+        what = f"no option {shown}" if shown else "a word that is neither an option nor a command"
+        parser.error(f"there is {what}{_NO_KEYS_HERE if secret else ''}")
+    return arguments
+
+
+_NO_KEYS_HERE = (
+    "; keys are not given here, where other users could read them: set ANTHROPIC_API_KEY for "
+    "upstream or CLAUDE_SHIM_API_KEY for clients, or see --api-key-file and --client-key-file"
+)
+
+
 def settings_from(
     arguments: argparse.Namespace, environment: Dict[str, str], file: Dict[str, str]
 ) -> Settings:
@@ -10662,6 +10684,8 @@ def settings_from(
         try:
             if "\0" in text:  # which only a file can hold
                 raise ValueError("a NUL byte has no place here")
+            if text.startswith("sk-"):
+                raise ConfigError(f"{source}: this is a key; put it into a file and name that")
             values[option.field] = option.parse(text)
         except ValueError as error:
             got = "" if option.metavar in ("URL", "HEADER") else f", got {text!r}"  # may be secret
@@ -12060,7 +12084,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command; its exit code, or 2 after a wrong setting, told in a sentence."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and words[0] in COMMANDS else "serve"
-    arguments = argument_parser(name).parse_args(words)
+    arguments = parsed_words(name, words)
     given = [word for word in COMMANDS[name].switches if getattr(arguments, word.replace("-", "_"))]
     environment = dict(os.environ)
     no_core_dumps()

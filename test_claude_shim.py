@@ -19581,11 +19581,72 @@ def test_option_is_not_guessed_from_its_beginning() -> None:
     assert caught.value.code == 2
 
 
-def test_key_cannot_be_given_on_the_command_line() -> None:
-    """Other users could read it in the process list."""
+NOT_HERE = (
+    "; keys are not given here, where other users could read them: set ANTHROPIC_API_KEY for "
+    "upstream or CLAUDE_SHIM_API_KEY for clients, or see --api-key-file and --client-key-file"
+)
+
+NO_WORD = "a word that is neither an option nor a command"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        case("upstream's key", ["--api-key", "sk-ant-hunter2"], f"no option --api-key{NOT_HERE}"),
+        case("joined", ["--api-key=sk-ant-hunter2"], f"no option --api-key{NOT_HERE}"),
+        case("the clients' key", ["--client-key", "hunter2"], f"no option --client-key{NOT_HERE}"),
+        case("joined, too", ["--client-key=hunter2"], f"no option --client-key{NOT_HERE}"),
+        case("another spelling", ["--API_KEY=hunter2"], f"no option --API_KEY{NOT_HERE}"),
+        case(
+            "after a command",
+            ["doctor", "--auth-token", "hunter2"],
+            f"no option --auth-token{NOT_HERE}",
+        ),
+        case("a key alone", ["sk-ant-hunter2"], f"{NO_WORD}{NOT_HERE}"),
+        case("a key as an option", ["--sk-ant-hunter2"], f"{NO_WORD}{NOT_HERE}"),
+        case("a short option", ["-khunter2"], NO_WORD),
+        case("two", ["--prot=1", "--quite", "--port", "1"], "no option --prot, --quite"),
+        case("a word that is no command", ["srve"], NO_WORD),
+    ],
+)
+def test_wrong_word_on_the_command_line_is_not_repeated_as_it_may_be_a_key(
+    words: List[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        settings_of("--api-key", "sk-ant-1")
+        shim.main(words)
     assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].partition(": error: there is ")[2] == told
+    assert "hunter2" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("argv", "env", "file", "source"),
+    [
+        case("on the command line", ["--api-key-file", "sk-ant-hunter2"], {}, {}, "--api-key-file"),
+        case("for another option", ["--auth", "sk-ant-hunter2"], {}, {}, "--auth"),
+        case(
+            "in the environment",
+            [],
+            {"CLAUDE_SHIM_CLIENT_KEY_FILE": "sk-hunter2"},
+            {},
+            "environment variable CLAUDE_SHIM_CLIENT_KEY_FILE",
+        ),
+        case(
+            "in the configuration file",
+            [],
+            {},
+            {"bundle": "sk-ant-hunter2"},
+            "configuration file, bundle",
+        ),
+    ],
+)
+def test_key_in_place_of_a_setting_is_not_repeated(
+    argv: List[str], env: Dict[str, str], file: Dict[str, str], source: str
+) -> None:
+    with pytest.raises(shim.ConfigError) as caught:
+        settings_of(*argv, env=env, file=file)
+    assert str(caught.value) == f"{source}: this is a key; put it into a file and name that"
 
 
 # --- login
