@@ -7777,7 +7777,6 @@ class App:
         self._health: Tuple[float, JSON] = (-math.inf, {})
         self.draining = False  # the server is about to stop
         self.later: Callable[[Callable[[], None]], None] = lambda work: work()  # what takes time
-        self._threads: List[threading.Thread] = []
 
     def close(self) -> None:
         """Let go of upstream and of the store."""
@@ -7785,8 +7784,6 @@ class App:
             payer.close()
         self.upstream.close()
         self.store.close()
-        for thread in self._threads:
-            thread.join(GET_SECONDS)
 
     # --- before the body
 
@@ -8260,13 +8257,8 @@ class App:
     def _refresh_models(self, request: Request) -> None:
         """Ask upstream for its models now and then, beside the requests."""
         if self.policy.live_models and self.catalogue.claim():
-            headers = dict(request.headers)
-            conversation = self._fetch_models(headers)
-            thread = threading.Thread(
-                target=driven, args=(conversation, self.upstream), daemon=True
-            )
-            self._threads = [t for t in self._threads if t.is_alive()] + [thread]
-            thread.start()
+            conversation = self._fetch_models(dict(request.headers))
+            self.later(lambda: driven(conversation, self.upstream))
 
     def _fetch_due_models(self, client: Dict[str, str]) -> Conversation[None]:
         if self.policy.live_models and self.catalogue.claim():
