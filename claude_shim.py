@@ -817,15 +817,15 @@ def resolved_model_id(name: str, aliases: Dict[str, str], live: Sequence[Model])
     `aliases` maps names or globs to ids or to one of the lines; `live` is upstream's own list.
     ModelNotFoundError names what exists.
     """
-    bare = _PREFIX.sub("", name.strip())
+    bare, ids = _PREFIX.sub("", name.strip()), [model.id for model in live]
     for pattern, target in aliases.items():
         if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(bare, pattern):
             bare = target
             break
     else:
-        if not _is_claude(bare, live):
+        if bare not in ids and not _is_claude(bare):
             raise ModelNotFoundError(_no_such_model(name, aliases, live), param="model")
-    if any(model.id == bare for model in live):
+    if bare in ids:
         return bare
     alias = _ALIAS.match(bare)
     if not alias:
@@ -841,9 +841,8 @@ def newest_of_line(line: str, live: Sequence[Model]) -> str:
     return next(model.id for model in (*dated, *MODELS) if f"-{line}-" in model.id)
 
 
-def _is_claude(name: str, live: Sequence[Model]) -> bool:
-    known = _ALIAS.match(name) or "claude" in name.lower()
-    return bool(known) or any(model.id == name for model in live)
+def _is_claude(name: str) -> bool:
+    return bool(_ALIAS.match(name)) or "claude" in name.lower()
 
 
 def _no_such_model(name: str, aliases: Dict[str, str], live: Sequence[Model]) -> str:
@@ -1473,7 +1472,9 @@ def conversation(turns: Iterable[Tuple[str, List[JSON]]]) -> List[JSON]:
     and in the order of the calls; a call without result gets one that says so, a result without a
     call becomes text. RequestError when nothing is left.
     """
-    ordered = _merged(_answered(_merged(turns)))
+    ordered = _merged(turns)
+    if any(block["type"] in _OF_CALLS for _, blocks in ordered for block in blocks):
+        ordered = _merged(_answered(ordered))
     if not ordered:
         raise RequestError("expected at least one message with content", param="messages")
     if ordered[0][0] != "user":
@@ -1482,6 +1483,7 @@ def conversation(turns: Iterable[Tuple[str, List[JSON]]]) -> List[JSON]:
 
 
 Turns = List[Tuple[str, List[JSON]]]
+_OF_CALLS = ("tool_use", "tool_result")
 
 
 def _merged(turns: Iterable[Tuple[str, List[JSON]]]) -> Turns:
@@ -2059,12 +2061,13 @@ def read_fields(
 
     RequestError, with the reason, if a value of `rejected` is used.
     """
-    for field, (reason, used) in rejected.items():
-        if field in body and used(body[field]):
+    for field in [field for field in rejected if field in body]:
+        reason, used = rejected[field]
+        if used(body[field]):
             raise RequestError(reason, param=field)
-    for field, (_, read) in mapped.items():
-        if body.get(field) is not None:
-            read(draft, body[field], field)
+    for field in [field for field in mapped if field in body]:
+        if body[field] is not None:
+            mapped[field][1](draft, body[field], field)
     for field in body:
         if field not in mapped and field not in rejected and _asks(field, body[field]):
             draft.ignore(field)
@@ -2634,12 +2637,13 @@ class TextRun(NamedTuple):
         start = _DELTA_START.match(blocks[position])
         if start is None:
             return _NO_RUN
-        prefix, size = start.group(), start.end()
+        prefix = start.group()
         rests = []
         for block in itertools.islice(blocks, position, None):
-            if not block.startswith(prefix):
+            rest = block.removeprefix(prefix)
+            if rest is block:
                 break
-            rests.append(block[size:])
+            rests.append(rest)
         run = b"\n\n".join([*rests, b""])
         if not _TEXT_RUN.fullmatch(run):
             return cls(len(rests), [])
@@ -6059,7 +6063,7 @@ class UpstreamResponse(NamedTuple):
 
     def header(self, name: str) -> str:
         """Return the value of a header field, or an empty string."""
-        return next((value for key, value in self.headers if key == name), "")
+        return dict(reversed(self.headers)).get(name, "")
 
     def is_event_stream(self) -> bool:
         """Return whether the body is server-sent events."""
@@ -6086,17 +6090,29 @@ class Upstream:
         """Let go of idle connections."""
 
 
-_STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: [\t\x20-\x7e\x80-\xff]*)?(?=\r\n|\Z)")
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: [\t\x20-\x7e\x80-\xff]*)?")
 _UNSAFE_HEADER = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
 
 
 def parsed_response_head(head: bytes) -> Tuple[int, HeaderList]:
     """Return the status and header fields of a response head; UpstreamCutError if malformed."""
-    status = _STATUS_LINE.match(head)
-    fields = header_fields(head[status.end() :]) if status else None
-    if status is None or fields is None:
-        raise UpstreamCutError("upstream did not answer in HTTP/1.1")
-    return int(status.group(1)), fields
+    first, *lines = head.split(b"\r\n")
+    status = _STATUS_LINE.fullmatch(first)
+    if status is None:
+        raise UpstreamCutError(_NO_HTTP)
+    return int(status.group(1)), [_known_field(line) for line in lines]
+
+
+_NO_HTTP = "upstream did not answer in HTTP/1.1"
+
+
+@functools.lru_cache(maxsize=512)
+def _known_field(line: bytes) -> Tuple[str, str]:
+    """One header field; most lines of upstream's come again and again, to the byte."""
+    fields = header_fields(b"\r\n" + line)
+    if fields is None:
+        raise UpstreamCutError(_NO_HTTP)
+    return fields[0]
 
 
 class Framing(NamedTuple):
@@ -6107,15 +6123,16 @@ class Framing(NamedTuple):
     keep: bool  # whether the connection lives on
 
 
-_FRAMING_FIELDS = ("connection", "content-encoding", "content-length", "transfer-encoding")
+_FRAMING_FIELDS = frozenset(
+    {"connection", "content-encoding", "content-length", "transfer-encoding"}
+)
 
 
 def response_framing(status: int, headers: HeaderList) -> Framing:
     """Return the framing of a response body (RFC 9112 6.3); UpstreamCutError if it is ambiguous."""
     fields: Dict[str, List[str]] = {}
-    for name, value in headers:
-        if name in _FRAMING_FIELDS:
-            fields.setdefault(name, []).append(value.lower())
+    for name, value in [pair for pair in headers if pair[0] in _FRAMING_FIELDS]:
+        fields.setdefault(name, []).append(value.lower())
     keep = "close" not in ",".join(fields.get("connection", []))
     if fields.get("content-encoding", ["identity"]) != ["identity"]:
         raise UpstreamCutError("upstream compressed its answer although that was not asked for")
@@ -6297,8 +6314,8 @@ class UpstreamConnection(Source):
             self.drop()
 
     def rests(self) -> bool:
-        with contextlib.suppress(ShimError):
-            if not self._at_end():
+        if not self._at_end():
+            with contextlib.suppress(ShimError):
                 self.read()
         return self._at_end() and not self._buffer and not (self._chunks and self._chunks.rest)
 
@@ -7171,9 +7188,11 @@ class ThinkingMemory:
 
     def remember(self, tool_use_ids: List[str], blocks: List[JSON]) -> None:
         """Keep `blocks` under each of the ids."""
-        size = len(dumps(blocks)) if blocks else 0
+        if not tool_use_ids or not blocks:
+            return
+        size = len(dumps(blocks))
         with self._lock:
-            for id in tool_use_ids if blocks else ():
+            for id in tool_use_ids:
                 self._bytes += size - self._turns.pop(id, ([], 0))[1]
                 self._turns[id] = (blocks, size)
             while self._bytes > self._max_bytes:
@@ -7608,21 +7627,24 @@ def responses_status(status: int, body: JSON, headers: HeaderList, client: Dict[
 
 
 _RATE_LIMITS = re.compile(r"anthropic-ratelimit-(requests|tokens)-(limit|remaining|reset)")
+_TOLD_AS_IT_IS = re.compile(r"retry-after(?:-ms)?|x-should-retry|anthropic-ratelimit-.*")
+
+
+@functools.lru_cache(maxsize=256)
+def _openai_names(name: str) -> Tuple[str, ...]:
+    """What a header field of upstream's answer is called for an OpenAI client."""
+    limit = _RATE_LIMITS.fullmatch(name)
+    renamed = [f"x-ratelimit-{limit.group(2)}-{limit.group(1)}"] if limit else []
+    return (*renamed, name) if _TOLD_AS_IT_IS.fullmatch(name) else ()
 
 
 def openai_headers(headers: HeaderList, now: float) -> HeaderList:
     """Return the header fields of upstream's answer that an OpenAI client understands."""
-    kept = [(k, v) for k, v in headers if k in ("retry-after", "retry-after-ms", "x-should-retry")]
-    for name, value in headers:
-        if not name.startswith("anthropic-ratelimit-"):
-            continue
-        limit = _RATE_LIMITS.fullmatch(name)
-        if limit:
-            unit, kind = limit.groups()
-            shown = duration(value, now) if kind == "reset" else value
-            kept.append((f"x-ratelimit-{kind}-{unit}", shown))
-        kept.append((name, value))
-    return kept
+    told = [(name, value) for given, value in headers for name in _openai_names(given)]
+    return [(n, duration(v, now) if n in _RESETS else v) for n, v in told]
+
+
+_RESETS = frozenset({"x-ratelimit-reset-requests", "x-ratelimit-reset-tokens"})
 
 
 def duration(until: str, now: float) -> str:
@@ -7826,8 +7848,8 @@ class App:
         route = route_of(path)
         if method == "OPTIONS":
             return ""  # tells the methods, and shares nothing across origins
-        deep = asks_deep(target)
-        name = "" if route and route.open and not deep else self.policy.client_keys.name_of(headers)
+        open_ = route is not None and route.open and not asks_deep(target)
+        name = "" if open_ else self.policy.client_keys.name_of(headers)
         if route is None:
             raise NotFoundError(f"{plain(method)} {plain(path)} is not supported by claude_shim")
         if method not in route.methods:
@@ -7952,8 +7974,8 @@ class App:
         self._check_strict(drafts[0])
         asked = yield from self._ask_all(request, drafts)
         billing = [pair for each in asked for pair in each.headers if pair[0] == BILLING_HEADER]
-        head = Response(200, [*self._answer_headers(asked[0], drafts[0]), *billing[:1]])
-        head = head._replace(model=str(drafts[0].request["model"]))
+        headers = [*self._answer_headers(asked[0], drafts[0]), *billing[:1]]
+        head = Response(200, headers, model=str(drafts[0].request["model"]))
         if stream:
             return head._replace(body=Stream(asked[0].source, EventTransform(form.encoder())))
         return self._gathered(request, asked, head, form)
@@ -8659,6 +8681,8 @@ def content_coding(head: Head) -> str:
 
     One coding only: each further one would be another factor between what comes and what it makes.
     """
+    if "content-encoding" not in head.fields:
+        return ""
     codings = [coding for coding in head.tokens("content-encoding") if coding != "identity"]
     if len(codings) > 1 or not set(codings) <= _WINDOW_BITS.keys():
         accepted = [("accept-encoding", "gzip, deflate")]
@@ -9148,8 +9172,9 @@ class Gate(Party):
         """Forget an exchange that is over, or that nobody waits for any longer."""
         self._running.discard(exchange)
         self._large.discard(exchange)
-        self._waiting.pop(exchange, None)
-        self.advance(exchange.relay)
+        if self._waiting:
+            self._waiting.pop(exchange, None)
+            self.advance(exchange.relay)
 
     def advance(self, relay: Relay) -> None:
         """Begin what may begin by now; `relay` asks again when more may."""
@@ -9910,7 +9935,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         headers = self._headers(response)
         if response.status not in (204, 304):
             headers.append(("content-length", str(len(body))))
-        if request.request_id and all(name != "x-request-id" for name, _ in headers):
+        if request.request_id and "x-request-id" not in dict(headers):
             headers.append(("x-request-id", request.request_id))
         top = response_head(response.status, headers, int(time.time()))
         self._write(top if request.method == "HEAD" else top + body)
