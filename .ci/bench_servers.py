@@ -245,15 +245,14 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Kind:
-    """A server to start: its command for a port and an upstream's URL, its first question, where."""
+    """A server to start: by what command, how it is asked, on which cores."""
 
     name: str
-    command: Callable[[int, int], Sequence[object]]  # (port, upstream's port)
+    command: Callable[[int], Sequence[object]]  # for a port
     dialect: str
     cores: Sequence[int]
     env: dict
     headers: Sequence[str] = ()
-    model: str = MODEL
 
 
 class Server:
@@ -262,10 +261,10 @@ class Server:
     `started` is the sample of that: seconds until then, and the memory after it.
     """
 
-    def __init__(self, kind: Kind, folder: Path, upstream: int):
-        self.kind, self.name, self.port = kind, kind.name, free_port()
+    def __init__(self, kind: Kind, folder: Path, port: int):
+        self.kind, self.name, self.port = kind, kind.name, port
         self.log = folder / f"{kind.name}.log"
-        self.command = [str(word) for word in kind.command(self.port, upstream)]
+        self.command = [str(word) for word in kind.command(port)]
 
     def __enter__(self) -> Server:
         with open(self.log, "wb") as log:
@@ -293,9 +292,9 @@ class Server:
 
     def _ask_once(self, give_up: float) -> None:
         dialect = DIALECTS[self.kind.dialect]
-        fields = {"model": self.kind.model, dialect.limit: 16, **prompt(dialect.name, "hi")}
+        fields = {"model": MODEL, dialect.limit: 16, **prompt(dialect.name, "hi")}
         headers = dict(line.split(": ", 1) for line in self.kind.headers)
-        headers["Content-Type"] = "application/json"
+        headers |= {"Content-Type": "application/json", "Authorization": "Bearer sk-bench"}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         while True:
             try:
@@ -352,6 +351,8 @@ class Bench:
         )
         self.load_tool = self._compile("bench_load.c")
         self.upstream_tool = self._compile("bench_upstream.c")
+        self.upstream_port = free_port()
+        self.upstream_url = f"http://127.0.0.1:{self.upstream_port}"
         self.kinds = {kind.name: kind for kind in self._kinds()}
 
     def _compile(self, source: str) -> Path:
@@ -369,16 +370,14 @@ class Bench:
         tool = [self.upstream_tool, self.pieces, options.burst]
 
         def translator(script: object, *more: str) -> Callable:
-            return lambda port, upstream: (
-                [options.python, script, "--port", port]
-                + ["--base-url", f"http://127.0.0.1:{upstream}", *more]
-            )
+            command = [options.python, script, "--base-url", self.upstream_url, *more, "--port"]
+            return lambda port: [*command, port]
 
         # As many streams at once as the bench opens: ours has a limit where the others have none.
         shim = (options.shim, "--max-concurrent", "2048")
         one, both = {self.gateway_core}, self.worker_cores
-        yield self.kind("upstream", lambda port, _: [tool[0], port, *tool[1:]], {self.load_core})
-        yield self.kind("bare", lambda port, _: [options.python, bare, port], one)
+        yield self.kind("upstream", lambda port: [tool[0], port, *tool[1:]], {self.load_core})
+        yield self.kind("bare", lambda port: [options.python, bare, port], one)
         yield self.kind("naive", translator(options.naive), one, "chat")
         yield self.kind("ours", translator(*shim), one, "chat")
         yield self.kind("1 worker", translator(*shim), both, "chat")
@@ -389,30 +388,30 @@ class Bench:
     def kind(self, name: str, command: Callable, cores: Any, dialect: str = "messages") -> Kind:
         return Kind(name, command, dialect, tuple(cores), self.env)
 
-    def _nginx(self, port: int, upstream: int) -> list:
+    def _nginx(self, port: int) -> list:
         place = self.folder / "nginx"
         place.mkdir(exist_ok=True)
-        (place / "nginx.conf").write_text(NGINX.format(port=port, upstream=upstream))
+        config = NGINX.format(port=port, upstream=self.upstream_port)
+        (place / "nginx.conf").write_text(config)
         return [self.options.nginx, "-p", place, "-c", place / "nginx.conf", "-e", "stderr"]
 
     def start(self, name: str) -> Server:
-        if name == "upstream":
-            self.upstream = Server(self.kinds[name], self.folder, 0)
-            return self.upstream
-        return Server(self.kinds[name], self.folder, self.upstream.port)
+        port = self.upstream_port if name == "upstream" else free_port()
+        return Server(self.kinds[name], self.folder, port)
 
     def stop_paced(self) -> None:
         """Tells the upstream to let its paced streams end."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.upstream.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.upstream_port, timeout=30)
         connection.request("GET", "/stop")
         connection.getresponse().read()
         connection.close()
 
-    def body(self, kind: Kind, dialect: Dialect, load: Load, deltas: int) -> Path:
-        path = self.folder / f"{dialect.name} {load.name} {kind.model.replace('/', ' ')}"
+    def body(self, dialect: Dialect, load: Load, deltas: int) -> Path:
+        path = self.folder / f"body of {load.name} in {dialect.name}, {deltas}"
         if path.exists():
             return path
-        fields = {"model": kind.model, "stream": load.stream, dialect.limit: deltas}
+        stream = load.stream or dialect.whole == dialect.streamed
+        fields = {"model": MODEL, "stream": stream, dialect.limit: deltas}
         said = f"hi pace={load.pace}" if load.pace else "hi"
         fields |= prompt(dialect.name, said) | load.ask(dialect.name)
         path.write_text(json.dumps(fields, ensure_ascii=False))
@@ -430,7 +429,7 @@ class Bench:
             dialect.path,
             dialect.streamed if load.stream else dialect.whole,
             self.pieces,
-            self.body(server.kind, dialect, load, deltas),
+            self.body(dialect, load, deltas),
             deltas,
             load.connections,
             seconds,

@@ -224,9 +224,7 @@ class Verdict(NamedTuple):
         if not self.values:
             return None
         value = statistics.median(self.values)
-        return (
-            value >= self.target.limit if self.more_is_better else value <= self.target.limit
-        )
+        return value >= self.target.limit if self.more_is_better else value <= self.target.limit
 
 
 def verdicts(tables: Sequence[Table], rounds: Rounds) -> list[Verdict]:
@@ -282,8 +280,10 @@ def worse(tables: Sequence[Table], rounds: Rounds, accepted: dict[str, float]) -
                     f"accepted {number(accepted[key(table, row, base)])}"
                     for base, values in seen.items()
                 ]
-            elif bases and not known(figures(row, rounds, table.side)) and any(
-                known(figures(row, rounds, base)) for base in bases
+            elif (
+                bases
+                and not known(figures(row, rounds, table.side))
+                and any(known(figures(row, rounds, base)) for base in bases)
             ):
                 lines.append(f"{table.title}: {row.label}: not measured any more")
     return lines

@@ -4,8 +4,9 @@
  *
  * PIECES: a file with one JSON-encoded text a line. Every POST is answered with a Messages event
  * stream whose text deltas are these pieces in turn; their number is the request's "max_tokens".
+ * One that asks for no stream (other gateways do, ours does not) gets the same as one message.
  * As Anthropic does, it pads the deltas with a varying number of spaces before the last brace.
- * A request that says "pace=MS" anywhere (in its prompt, so that any gateway hands it on) gets its
+ * A request that says "pace=MS" (in a short prompt, so that any gateway hands it on) gets its
  * deltas one by one, each MS milliseconds, as a model writes them. Each then ends in a space and
  * the time it was made: 16 digits, microseconds of CLOCK_MONOTONIC. GET /stop lets them all end.
  * GET /v1/models gets a small list, any other GET a 404. Listens on loopback only.
@@ -27,11 +28,11 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_FD = 8192, MAX_DELTAS = 1000000 };
+enum { MAX_FD = 8192, MAX_DELTAS = 1000000, MAX_PACED = 4096 };
 
 struct bytes { char *at; size_t len, room; };
 
-struct answer { long deltas; struct bytes body; struct answer *next; };
+struct answer { long deltas; int streamed; struct bytes body; struct answer *next; };
 
 struct client {
     struct bytes in;            /* what was received and not yet consumed */
@@ -54,10 +55,11 @@ static int poller, timer;
 static struct turn { double due; int fd; } waiting[MAX_FD * 2];
 static size_t waiting_count;
 
-/* What api.anthropic.com sends in front of a stream, in length and number of headers. */
-#define STREAM_HEADERS \
+/* What api.anthropic.com sends in front of an answer, in length and number of headers. */
+#define HEAD(type, more) \
+    "HTTP/1.1 200 OK\r\n" \
     "Date: Sat, 21 Nov 2026 10:00:00 GMT\r\n" \
-    "Content-Type: text/event-stream; charset=utf-8\r\n" \
+    "Content-Type: " type "\r\n" \
     "Transfer-Encoding: chunked\r\n" \
     "Cache-Control: no-cache\r\n" \
     "anthropic-ratelimit-requests-limit: 4000\r\n" \
@@ -70,10 +72,13 @@ static size_t waiting_count;
     "request-id: req_011CbenchBenchBenchBench\r\n" \
     "strict-transport-security: max-age=31536000; includeSubDomains; preload\r\n" \
     "Server: cloudflare\r\n" \
-    "CF-RAY: 0000000000000000-FRA\r\n"
-static const char STREAM_KEPT[] = "HTTP/1.1 200 OK\r\n" STREAM_HEADERS "\r\n";
-static const char STREAM_CLOSED[] =
-    "HTTP/1.1 200 OK\r\n" STREAM_HEADERS "Connection: close\r\n\r\n";
+    "CF-RAY: 0000000000000000-FRA\r\n" more "\r\n"
+#define CLOSE "Connection: close\r\n"
+#define EVENT_STREAM "text/event-stream; charset=utf-8"
+static const char *const HEADS[2][2] = {        /* [streamed][close_after] */
+    {HEAD("application/json", ""), HEAD("application/json", CLOSE)},
+    {HEAD(EVENT_STREAM, ""), HEAD(EVENT_STREAM, CLOSE)},
+};
 
 #define YES "{\"supported\":true}"
 static const char MODELS_BODY[] =
@@ -126,11 +131,13 @@ static void add_event(struct bytes *events, const char *name, const char *data)
     append(events, "\n\n", 2);
 }
 
+#define MESSAGE "\"id\":\"msg_01BenchBenchBenchBenchBe\",\"type\":\"message\"," \
+    "\"role\":\"assistant\",\"model\":\"claude-sonnet-5-5\","
+
 static void add_opening(struct bytes *events)
 {
     add_event(events, "message_start",
-        "{\"type\":\"message_start\",\"message\":{\"id\":\"msg_01BenchBenchBenchBenchBe\","
-        "\"type\":\"message\",\"role\":\"assistant\",\"model\":\"claude-sonnet-5-5\","
+        "{\"type\":\"message_start\",\"message\":{" MESSAGE
         "\"content\":[],\"stop_reason\":null,\"stop_sequence\":null,\"usage\":{"
         "\"input_tokens\":8,\"cache_creation_input_tokens\":0,\"cache_read_input_tokens\":0,"
         "\"output_tokens\":1,\"service_tier\":\"standard\"}}}");
@@ -166,26 +173,47 @@ static void add_closing(struct bytes *body, struct bytes *events, long deltas)
     append(body, "0\r\n\r\n", 5);
 }
 
-static struct answer *answer_of(long deltas)
+static void add_whole(struct bytes *body, long deltas)
 {
-    for (struct answer *known = answers; known; known = known->next)
-        if (known->deltas == deltas) return known;
+    static const char begin[] = "{" MESSAGE "\"content\":[{\"type\":\"text\",\"text\":\"";
+    struct bytes whole = {0};
+    char end[256];
+    append(&whole, begin, sizeof begin - 1);
+    for (long i = 0; i < deltas; i++) {
+        const char *piece = pieces[(size_t)i % piece_count];
+        append(&whole, piece + 1, strlen(piece) - 2);
+    }
+    append(&whole, end, (size_t)sprintf(end, "\"}],\"stop_reason\":\"end_turn\","
+        "\"stop_sequence\":null,\"usage\":{\"input_tokens\":8,\"output_tokens\":%ld}}",
+        deltas * 5));
+    add_chunk(body, &whole);
+    append(body, "0\r\n\r\n", 5);
+    free(whole.at);
+}
 
-    struct answer *made = calloc(1, sizeof *made);
+static void add_stream(struct bytes *body, long deltas)
+{
     struct bytes events = {0};
     add_opening(&events);
-    add_chunk(&made->body, &events);
+    add_chunk(body, &events);
     for (long i = 0; i < deltas; i++) {
         add_delta(&events, i, "");
-        if ((i + 1) % events_per_chunk == 0) add_chunk(&made->body, &events);
+        if ((i + 1) % events_per_chunk == 0) add_chunk(body, &events);
     }
-    if (events.len) add_chunk(&made->body, &events);
-    add_closing(&made->body, &events, deltas);
+    if (events.len) add_chunk(body, &events);
+    add_closing(body, &events, deltas);
     free(events.at);
-    made->deltas = deltas;
-    made->next = answers;
-    answers = made;
-    return made;
+}
+
+static struct answer *answer_of(long deltas, int streamed)
+{
+    for (struct answer *known = answers; known; known = known->next)
+        if (known->deltas == deltas && known->streamed == streamed) return known;
+
+    struct answer *made = calloc(1, sizeof *made);
+    *made = (struct answer){.deltas = deltas, .streamed = streamed, .next = answers};
+    (streamed ? add_stream : add_whole)(&made->body, deltas);
+    return answers = made;
 }
 
 /* ---- paced answers ------------------------------------------------------------------------- */
@@ -283,6 +311,17 @@ static size_t chunked_len(const char *at, size_t len)
     }
 }
 
+/* What stands behind `key` in a body: looked for at both ends first, since it may be long. */
+static const char *behind(const char *body, size_t len, const char *key)
+{
+    enum { NEAR = 4096 };
+    size_t key_len = strlen(key), near = len < NEAR ? len : NEAR;
+    const char *at = memmem(body, near, key, key_len);
+    if (!at) at = memmem(body + len - near, near, key, key_len);
+    if (!at) at = memmem(body, len, key, key_len);
+    return at ? at + key_len : NULL;
+}
+
 /* Begins the next answer when a whole request is there; 0 when it is not, -1 when it is wrong. */
 static int take_request(int fd, struct client *c)
 {
@@ -303,23 +342,24 @@ static int take_request(int fd, struct client *c)
     }
     c->close_after = connection && !strncasecmp(connection, "close", 5);
     if (!strncmp(c->in.at, "POST ", 5)) {
-        static const char key[] = "\"max_tokens\":";
-        char *limit = body_len ? memmem(body, body_len, key, sizeof key - 1) : NULL;
-        long deltas = limit ? strtol(limit + sizeof key - 1, NULL, 10) : 0;
+        const char *limit = behind(body, body_len, "\"max_tokens\":");
+        const char *pace = body_len < MAX_PACED ? behind(body, body_len, "pace=") : NULL;
+        long deltas = limit ? strtol(limit, NULL, 10) : 0;
         if (deltas < 1 || deltas > MAX_DELTAS) {
             fprintf(stderr, "bench_upstream: a POST without a usable max_tokens\n");
             return -1;
         }
-        char *pace = memmem(body, body_len, "pace=", 5);
-        c->head = c->close_after ? STREAM_CLOSED : STREAM_KEPT;
+        const char *stream = behind(body, body_len, "\"stream\":");
+        int streamed = stream && !strncmp(stream + strspn(stream, " "), "true", 4);
+        c->head = HEADS[streamed][c->close_after];
         if (pace) {
-            c->pace = strtod(pace + 5, NULL) / 1e3;
+            c->pace = strtod(pace, NULL) / 1e3;
             c->paced = deltas;
             c->written = 0;
             write_delta(c);
             if (c->written < c->paced) wait_for(fd, now() + c->pace);
         } else {
-            struct answer *answer = answer_of(deltas);
+            struct answer *answer = answer_of(deltas, streamed);
             c->body = answer->body.at;
             c->body_left = answer->body.len;
         }
