@@ -44,7 +44,7 @@ enum framing { BY_LENGTH, BY_CHUNKS, BY_CLOSE };
 enum state { CONNECTING, SENDING, HEAD, BODY, CHUNK_SIZE, CHUNK_END, TRAILER, IDLE, CLOSED };
 enum { HEAD_ROOM = 1 << 16, FORM_ROOM = 1024, GRACE = 30, STARTING = 4, STAMP_DIGITS = 16 };
 static const char STAMP_DIGIT = 1;      /* in the expected text */
-static const double NEVER = 1e18, TIME_TO_BEGIN = 5, SETTLING = 0.25;     /* seconds */
+static const double NEVER = 1e18, TIME_TO_BEGIN = 6, SETTLING = 0.25;     /* seconds */
 
 struct connection {
     int fd;

@@ -437,8 +437,7 @@ class Bench:
             *server.kind.headers,
         ]
         spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = [cpu_seconds(server.pid)]
-        resident = 0
+        cpu, at, resident = [cpu_seconds(server.pid)], [time.monotonic()], 0
         with subprocess.Popen(
             [str(word) for word in (self.load_tool, *arguments)],
             stdout=subprocess.PIPE,
@@ -450,17 +449,20 @@ class Bench:
             favour(tool.pid)
             for line in tool.stdout:
                 cpu.append(cpu_seconds(server.pid))  # at "begin", at "end", and when all is done
+                at.append(time.monotonic())
                 if line == "end\n":
                     resident = resident_bytes(server.pid)
                     self.stop_paced()
             said = tool.stderr.read()
         if tool.returncode or server.process.poll() is not None:
+            if load.pace:
+                self.stop_paced()
             error = TooSlow if tool.returncode == 3 else WrongAnswer
             raise error(f"{server.name}, {dialect.path}, {load.name}: {said}{server.tail()}")
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
         return {
             **json.loads(line),
-            "cpu": cpu[2] - cpu[1] if load.pace else cpu[-1] - cpu[0],
+            "cpu": (cpu[2] - cpu[1]) / (at[2] - at[1]) * seconds if load.pace else cpu[-1] - cpu[0],
             "cpu_of_run": cpu[-1] - cpu[0],
             "cpu_of_load": now.ru_utime + now.ru_stime - spent.ru_utime - spent.ru_stime,
             "resident": resident,
