@@ -374,7 +374,8 @@ class Bench:
             return lambda port: [*command, port]
 
         # As many streams at once as the bench opens: ours has a limit where the others have none.
-        shim = (options.shim, "--max-concurrent", "2048")
+        copy = shutil.copy(options.shim, self.folder / "claude_shim.py")  # it may be edited now
+        shim = (copy, "--max-concurrent", "2048")
         one, both = {self.gateway_core}, self.worker_cores
         yield self.kind("upstream", lambda port: [tool[0], port, *tool[1:]], {self.load_core})
         yield self.kind("bare", lambda port: [options.python, bare, port], one)
@@ -421,7 +422,7 @@ class Bench:
         """One run of one load: the tool's figures, and CPU time and memory of the server.
 
         `cpu` is that of all of the run, or for paced streams of the time that is measured;
-        `resident` is that at its end, `others` the CPU time of upstream and load.
+        `resident` is that at its end, `idle` that after the start.
         """
         deltas = int((10 + seconds) * 1e3 / load.pace) if load.pace else load.deltas
         arguments = [
@@ -466,4 +467,5 @@ class Bench:
             "cpu_of_run": cpu[-1] - cpu[0],
             "cpu_of_load": now.ru_utime + now.ru_stime - spent.ru_utime - spent.ru_stime,
             "resident": resident,
+            "idle": server.started["resident"],
         }

@@ -124,7 +124,9 @@ MAIN = (
         Target(10, "", "6.6"),
     ], allowance=1),
     Row("resident idle, MiB", "start", mib, targets=[Target(30, "", "6.8")]),
-    Row("KiB a stream, 1,000 streams", "memory", kib_a_stream, targets=[Target(40, "", "6.8")]),
+    Row("KiB a stream, 1,000 streams", "1000 at 50 ms", kib_a_stream, targets=[
+        Target(40, "", "6.8"),
+    ]),
     Row("added ms, 1 MB of text", "1 MB", added_ms("p50_us"), targets=[
         Target(GO_BODY, "naive", "6.10, the Go handler"),
     ]),
@@ -179,8 +181,8 @@ PEERS = (
     Row("requests/s, 1 connection", "requests 1", rate("requests"), True),
     Row("requests/s, 32 connections", "requests 32", rate("requests"), True),
     Row("CPU us a request, 32 connections", "requests 32", cpu_us_per("requests")),
-    Row("events/s, 1 stream", "stream 1", rate("events"), True),
-    Row("events/s, 32 streams", "stream 32", rate("events"), True),
+    Row("events/s, 1 stream (of 800)", "stream 1", rate("events"), True),
+    Row("events/s, 32 streams (of 50)", "stream 32", rate("events"), True),
     Row("resident idle, MiB", "start", mib),
     Row("start-up to first answer, ms", "start", lambda s, _: s["seconds"] * 1e3),
 )
