@@ -659,6 +659,17 @@ static void make_request(const char *path, const char *body_path, char **headers
     fclose(file);
 }
 
+/* Does without those that no server has taken yet: they may wait for seconds where a backlog is
+ * full. */
+static void leave_backlog(struct connection *connections)
+{
+    for (int i = 0; i < count; i++) {
+        if (connections[i].state != CONNECTING) continue;
+        hang_up(&connections[i]);
+        open_connections--;
+    }
+}
+
 /* Lets streams begin, only few of them before they got text: no server's backlog overflows. */
 static int start_some(struct connection *connections, int started, double starts)
 {
@@ -703,6 +714,7 @@ int main(int argc, char **argv)
         for (int i = 0; i < n; i++) ready(happened[i].data.ptr, happened[i].events);
         started = start_some(connections, started, starts);
         if (paced) announce(now());
+        else if (now() >= deadline) leave_backlog(connections);
         if (now() > give_up) fail(NULL, "answers do not come to an end");
     }
     printf("{\"requests\":%ld,\"events\":%ld,\"connects\":%ld,\"events_in_time\":%ld,"
