@@ -3,7 +3,7 @@
 A ratio is taken within a round; the median over the rounds is what a target is compared with.
 
 A row got worse when even the best of its rounds is worse than the accepted ratio by more than the
-row's allowance (10 %, where a figure is small or a quantile: more), and that against every side
+row's allowance (10 %, for a p99 100 %: it hangs on few events), and that against every side
 it has an accepted ratio to. So the noise is what this run shows: the wider the rounds spread, the
 nearer their best is to what it was. And a base that had a good day makes nothing of ours worse.
 """
