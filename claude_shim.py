@@ -33,10 +33,11 @@ OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWA
 
 from __future__ import annotations
 
+# To start fast, what plain serving does not need is imported where it is used, and a pattern that
+# few requests need is a string, which `re` compiles when it is first used.
 import argparse
 import base64
 import binascii
-import configparser
 import contextlib
 import errno
 import fnmatch
@@ -84,7 +85,6 @@ from typing import (
     Match,
     NamedTuple,
     Optional,
-    Pattern,
     Sequence,
     Set,
     TextIO,
@@ -95,6 +95,7 @@ from typing import (
 )
 
 if TYPE_CHECKING:
+    import configparser
     import sqlite3
 
 __version__ = "0.1.0"
@@ -383,13 +384,13 @@ OPENAI_ERRORS: Dict[int, Tuple[int, str, Optional[str]]] = {
     529: (503, "server_error", "server_is_overloaded"),
 }
 
-_TOO_LONG = re.compile(r"prompt is too long|exceed context limit|maximum context length")
-_NO_CREDIT = re.compile(r"credit balance is too low|specified API usage limits")
+_TOO_LONG = r"prompt is too long|exceed context limit|maximum context length"
+_NO_CREDIT = r"credit balance is too low|specified API usage limits"
 
 
 def has_no_credit(message: str) -> bool:
     """Return whether a 400 means that there is nothing left to pay with."""
-    return bool(_NO_CREDIT.search(message))
+    return bool(re.search(_NO_CREDIT, message))
 
 
 def openai_error(error: ShimError) -> Tuple[int, JSON]:
@@ -401,7 +402,7 @@ def openai_error(error: ShimError) -> Tuple[int, JSON]:
     )
     status, type_, code = OPENAI_ERRORS.get(error.status, default)
     message, param = error.message, error.param
-    if error.status == 400 and _TOO_LONG.search(message):
+    if error.status == 400 and re.search(_TOO_LONG, message):
         # Roo, Cline and LiteLLM look for these words, Codex and LangChain for the code.
         message += " (prompt is too long: this model's maximum context length is exceeded)"
         code, param = "context_length_exceeded", param or "messages"
@@ -440,14 +441,14 @@ def upstream_error(
     )
 
 
-_SCHEME_AND_HOST = re.compile(
+_SCHEME_AND_HOST = (
     r"https?://(?:\[[0-9A-Fa-f:]{2,45}\]|[A-Za-z0-9.-]{1,255})(?::[0-9]{1,5})?(?![^/?#])"
 )
 
 
 def redirect_target(headers: Iterable[Tuple[str, str]]) -> str:
     """Return where a redirect leads: scheme and host only, as the rest may hold secrets."""
-    target = _SCHEME_AND_HOST.match(dict(headers).get("location", ""))
+    target = re.match(_SCHEME_AND_HOST, dict(headers).get("location", ""))
     return target.group() if target else "another page"
 
 
@@ -473,7 +474,7 @@ MAX_JSON_DIGITS = 308  # of a whole number: what a double can hold, as for the o
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
 _WHITE_SPACE = " \t\r\n"
-_HALF = re.compile(r"[\ud800-\udfff]")  # the parser joined what is a pair
+_HALF = r"[\ud800-\udfff]"  # the parser joined what is a pair
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -595,7 +596,7 @@ def _whole_number(text: str) -> int:
 def _without_surrogates(value: Any) -> Any:
     """Half a surrogate pair is no character, and Anthropic refuses it: it becomes U+FFFD."""
     if isinstance(value, str):
-        return _HALF.sub("\ufffd", value)
+        return re.sub(_HALF, "\ufffd", value)
     if isinstance(value, list):
         return [_without_surrogates(item) for item in value]
     if isinstance(value, dict):
@@ -986,7 +987,7 @@ _MAX_TRAILER = 16 << 10
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]{0,10}(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
 _CHUNK_START = re.compile(rb"(?:[0-9A-Fa-f]{1,8}[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?")
 # Trailers that would frame or route are a trap (RFC 9110 6.5.1); the others are not used.
-_TRAILERS = re.compile(
+_TRAILERS = (
     rb"(?:(?=[^\n]{1,1023}\n)(?!(?i:content-length|transfer-encoding|host):)"
     rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n){0,64}"
 )
@@ -1051,7 +1052,7 @@ class ChunkedDecoder:
         if (end if whole else len(self._pending)) > _MAX_TRAILER:
             raise ProtocolError("the trailers of the body are too long")
         if whole:
-            if not _TRAILERS.fullmatch(self._pending[: end - 2]):
+            if not (empty or re.fullmatch(_TRAILERS, self._pending[: end - 2])):
                 raise ProtocolError("the trailers of the body are malformed")
             self.done, self.rest, self._pending = True, self._pending[end:], b""
 
@@ -1148,7 +1149,7 @@ IMAGE_TYPES = {
 }
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
-_NOT_NAME = re.compile(r"[^a-zA-Z0-9_-]")
+_NOT_NAME = r"[^a-zA-Z0-9_-]"
 
 
 def safe_name(name: str) -> str:
@@ -1156,7 +1157,7 @@ def safe_name(name: str) -> str:
     if _NAME.fullmatch(name):
         return name
     digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
-    return f"{_NOT_NAME.sub('_', name)[:119]}_{digest}"
+    return f"{re.sub(_NOT_NAME, '_', name)[:119]}_{digest}"
 
 
 # --- content blocks
@@ -2275,34 +2276,28 @@ MODEL_RULES: Tuple[Callable[[JSON, Model, List[str]], JSON], ...] = (
     _default_max_tokens_rule,
 )
 
-_SCHEMA_REFUSED = re.compile(r"[Ss]chema is too complex|recursive schemas")
+_SCHEMA_REFUSED = r"[Ss]chema is too complex|recursive schemas"
 
 # A 400 of upstream that names what the table did not know: pattern -> what the model does not take.
-REFUSALS: Tuple[Tuple[Pattern[str], JSON], ...] = (
-    (re.compile(r"cannot both be specified"), {"temperature_and_top_p": False}),
+REFUSALS: Tuple[Tuple[str, JSON], ...] = (
+    (r"cannot both be specified", {"temperature_and_top_p": False}),
+    (r"`(?:temperature|top_p|top_k)`|^(?:temperature|top_p|top_k)\b", {"sampling": False}),
+    (r"tool_choice.*not supported|tool_choice forces tool use", {"forced_tool_choice": False}),
+    (r"assistant message prefill", {"prefill": False}),
+    (r"role 'system' is not supported", {"system_messages": False}),
+    (r"adaptive thinking is not supported", {"thinking": _BUDGET_OFF}),
+    (r'"thinking\.type\.enabled" is not supported', {"thinking": _ADAPTIVE_OFF}),
     (
-        re.compile(r"`(?:temperature|top_p|top_k)`|^(?:temperature|top_p|top_k)\b"),
-        {"sampling": False},
-    ),
-    (
-        re.compile(r"tool_choice.*not supported|tool_choice forces tool use"),
-        {"forced_tool_choice": False},
-    ),
-    (re.compile(r"assistant message prefill"), {"prefill": False}),
-    (re.compile(r"role 'system' is not supported"), {"system_messages": False}),
-    (re.compile(r"adaptive thinking is not supported"), {"thinking": _BUDGET_OFF}),
-    (re.compile(r'"thinking\.type\.enabled" is not supported'), {"thinking": _ADAPTIVE_OFF}),
-    (
-        re.compile(r'"thinking\.type\.disabled" is not supported'),
+        r'"thinking\.type\.disabled" is not supported',
         {"thinking": frozenset({"adaptive"}), "thinks_by_default": True},
     ),
-    (re.compile(r"output_config\.effort|effort.*not supported"), {"efforts": ()}),
+    (r"output_config\.effort|effort.*not supported", {"efforts": ()}),
     (_SCHEMA_REFUSED, {"strict_tools": False}),
     (_SCHEMA_REFUSED, {"structured_outputs": False}),
-    (re.compile(r"output_config\.format.*not supported"), {"structured_outputs": False}),
+    (r"output_config\.format.*not supported", {"structured_outputs": False}),
 )
 
-_SIGNATURE_REFUSED = re.compile(
+_SIGNATURE_REFUSED = (
     r"Invalid `signature` in `thinking` block|thinking` or `redacted_thinking` blocks in the latest"
     r"|Expected `thinking` or `redacted_thinking`"
 )
@@ -2315,13 +2310,13 @@ def models_after_refusal(model: Model, message: str) -> Iterator[Model]:
     """
     for pattern, differences in REFUSALS:
         learned = model._replace(**differences)
-        if learned != model and pattern.search(message):
+        if learned != model and re.search(pattern, message):
             yield learned
 
 
 def refuses_signature(message: str) -> bool:
     """Return whether upstream's sentence says that a thinking block came back changed."""
-    return bool(_SIGNATURE_REFUSED.search(message))
+    return bool(re.search(_SIGNATURE_REFUSED, message))
 
 
 def without_thinking(request: JSON) -> JSON:
@@ -6697,7 +6692,7 @@ def driven(conversation: Conversation[Outcome], upstream: Upstream) -> Outcome:
 # A Messages upstream inside the file, for wiring up a client without a credential. It answers the
 # same bytes to the same question, by the same events as the real one, and never leaves the process.
 
-ECHO_ERROR = re.compile(r"\[echo error ([45]\d\d)\]")
+ECHO_ERROR = r"\[echo error ([45]\d\d)\]"
 _ECHO_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -6852,7 +6847,7 @@ class EchoUpstream(Upstream):
         return body
 
     def _message(self, body: JSON) -> UpstreamResponse:
-        wanted = ECHO_ERROR.search(echo_text(body))
+        wanted = re.search(ECHO_ERROR, echo_text(body))
         if wanted:
             return self._error(int(wanted.group(1)), "you asked for this error")
         events = echo_events(body)
@@ -7561,7 +7556,7 @@ _PREFIXES = re.compile(
     r"^(?:/openai(?=/|$)|/api(?=/v1)|(?:/v1)?/(?:engines|deployments)/[^/]+(?=/))"
 )
 _DOTS = re.compile(r"/(?:\.|%2e){1,2}(?=/|$)", re.IGNORECASE)
-_HIDDEN_SLASH = re.compile(r"%2f|%5c|\\", re.IGNORECASE)
+_HIDDEN_SLASH = r"%2[fF]|%5[cC]|\\"
 _DEPLOYMENT = re.compile(r"/(?:deployments|engines)/([^/]+)/")
 _TWICE = re.compile(
     r"^/v1/(?:chat/completions|completions|messages|responses)(?:/v1)?"
@@ -8258,7 +8253,7 @@ class App:
         """Hand a request on as it came, and the answer back as it comes."""
         query = request.path.partition("?")[2]
         path = normalised_path(request.path) + (f"?{query}" if query else "")
-        if _HIDDEN_SLASH.search(normalised_path(request.path)):
+        if re.search(_HIDDEN_SLASH, normalised_path(request.path)):
             raise NotFoundError("this path could climb upstream")
         passed = [(k, v) for k, v in request.headers.items() if _RELAYED_TO_UPSTREAM.fullmatch(k)]
         if "anthropic-version" not in request.headers:
@@ -8747,7 +8742,7 @@ def _is_preflighted(head: Head) -> bool:
 
 
 # What a page of an allowed origin may send and read beyond what every page may.
-_SENT_BY_PAGES = re.compile(
+_SENT_BY_PAGES = (
     r"(?:anthropic|openai|x-stainless)-[a-z0-9-]{1,50}"
     r"|authorization|(?:x-)?api-key|x-claude-shim-key|x-request-id|idempotency-key|content-type|accept"
 )
@@ -8784,7 +8779,8 @@ def cross_origin_headers(head: Head, allowed_origins: FrozenSet[str]) -> HeaderL
     if head.method != "OPTIONS":
         return headers + _EXPOSED
     route = route_of(normalised_path(head.target))
-    asked = filter(_SENT_BY_PAGES.fullmatch, head.tokens("access-control-request-headers"))
+    names = head.tokens("access-control-request-headers")
+    asked = [name for name in names if re.fullmatch(_SENT_BY_PAGES, name)]
     return [
         *headers,
         ("access-control-allow-methods", ", ".join(route.methods if route else ())),
@@ -10451,7 +10447,7 @@ def _hosts(text: str) -> Tuple[str, ...]:
     return hosts
 
 
-_ORIGIN = re.compile(
+_ORIGIN = (
     r"(?!http:.*:80$|https:.*:443$)"
     r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?"
 )
@@ -10459,7 +10455,7 @@ _ORIGIN = re.compile(
 
 def _origins(text: str) -> Tuple[str, ...]:
     names = _names(text)
-    if not all(map(_ORIGIN.fullmatch, names)):
+    if not all(re.fullmatch(_ORIGIN, name) for name in names):
         raise ValueError(
             "expected an origin as browsers write it, such as https://app.example:8443"
         )
@@ -10764,6 +10760,8 @@ def config_values(path: Optional[str], environment: Dict[str, str]) -> Dict[str,
     file = path or config_path(environment)
     if path is None and not os.path.exists(file):
         return {}
+    import configparser
+
     parser = configparser.ConfigParser(interpolation=None, delimiters=("=",))
     try:
         parser.read_string(read_text(file))
@@ -10776,6 +10774,8 @@ def config_values(path: Optional[str], environment: Dict[str, str]) -> Dict[str,
 
 def _ini_fault(error: configparser.Error) -> str:
     """What is wrong, without the line itself, which may hold a secret."""
+    import configparser
+
     if isinstance(error, configparser.MissingSectionHeaderError):
         return f"line {error.lineno}: File contains no section headers"
     if isinstance(error, configparser.ParsingError):

@@ -20753,9 +20753,11 @@ def test_start_with_the_echo_answers_and_ends_with_0(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def program(tmp_path: Path, *argv: str, **environment: str) -> Iterator[Tuple[Any, Any]]:
+def program(
+    tmp_path: Path, *argv: str, python: Sequence[str] = (), **environment: str
+) -> Iterator[Tuple[Any, Any]]:
     """The program itself, and where it listens."""
-    command = [sys.executable, "-S", "-E", str(MODULE_FILE), "--port", "0", *argv]
+    command = [sys.executable, "-S", "-E", *python, str(MODULE_FILE), "--port", "0", *argv]
     with subprocess.Popen(
         command,
         env={**bare_environment(tmp_path), **environment},
@@ -20828,6 +20830,26 @@ def test_hang_up_signal_reads_the_keys_again_and_drops_nothing(tmp_path: Path) -
 def read_until(stream: Any, start: str) -> str:
     """The next line that begins so."""
     return next(line for line in stream if line.startswith(start))
+
+
+@posix_only
+def test_plain_serving_does_not_import_what_few_need(tmp_path: Path) -> None:
+    key = {"ANTHROPIC_API_KEY": "sk-ant-api03-x"}
+    with (
+        FakeUpstream([WHOLE_STREAM]) as fake,
+        program(tmp_path, "--base-url", fake.url, python=("-X", "importtime"), **key) as (
+            process,
+            address,
+        ),
+        socket.create_connection(address, PATIENCE) as client,
+    ):
+        client.sendall(POST_CHAT)
+        assert client.recv(12) == b"HTTP/1.1 200"
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=PATIENCE)
+    imported = set(re.findall(r"\| +([\w.]+)$", told, re.MULTILINE))
+    assert "http.server" in imported
+    assert imported.isdisjoint({"configparser", "sqlite3", "webbrowser"})
 
 
 @posix_only
