@@ -45,6 +45,7 @@ import hashlib
 import heapq
 import hmac
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -458,6 +459,12 @@ MAX_JSON_DEPTH = 200
 MAX_JSON_VALUES = 500_000
 MAX_JSON_DIGITS = 308  # of a whole number: what a double can hold, as for the others
 
+LONG_STRING = 16 << 10  # a shorter one is not worth the search
+HOLE = "\x7f"  # where a string goes that is not to be looked through
+_CUT = b"-Infinity"  # the same in a text: no JSON, but a constant that the parser asks about
+_PART = 64 << 10  # stays in the processor's cache
+_PLAIN = b"+/-_=:;,.0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
 _HALF = re.compile(r"[\ud800-\udfff]")  # the parser joined what is a pair
@@ -469,16 +476,91 @@ def dumps(value: Any) -> bytes:
     return _ENCODER.encode(value).encode("ascii")
 
 
+def dumps_around(value: Any, strings: Sequence[str]) -> Optional[bytes]:
+    """Return the JSON of `value` with `strings`, in turn, for those of its strings that are HOLE.
+
+    Plain ones are copied, not looked through. None if there are more holes than strings.
+    """
+    pieces = dumps(value).split(dumps(HOLE))
+    if len(pieces) != len(strings) + 1:
+        return None
+    text = io.BytesIO()  # each further copy of a large text costs as much as the rest
+    for piece, string in zip(pieces, strings):
+        plain = string.isascii() and _is_plain(_parts(string))
+        text.write(piece)
+        text.writelines([b'"', *_parts(string), b'"'] if plain else [dumps(string)])
+    text.write(pieces[-1])
+    return text.getvalue()
+
+
+def _parts(string: str) -> Iterator[bytes]:
+    return (string[at : at + _PART].encode("ascii") for at in range(0, len(string), _PART))
+
+
+def _is_plain(parts: Iterable[bytes]) -> bool:
+    """Whether a string is base64, or a data: URL of it, which JSON writes as it stands."""
+    return not any(part.translate(None, _PLAIN) for part in parts)
+
+
 def loads(body: bytes) -> Any:
     """Return the value of a JSON text in UTF-8; ValueError says in a sentence what is wrong."""
+    pieces, cut = _without_long_strings(body)
+    if cut:
+        with contextlib.suppress(ValueError):  # of which the whole body tells better
+            return _loads_around(pieces, cut)
+    return _loads(body, _DECODER)
+
+
+def _loads(body: bytes, decoder: json.JSONDecoder) -> Any:
     opening = body.count(b"[") + body.count(b"{")
     if opening > MAX_JSON_DEPTH or opening + body.count(b",") > MAX_JSON_VALUES:
         _check_structure(body)
     text = body.decode("utf-8")
     if text.startswith("\ufeff"):
         text = text[1:]
-    value = loads_text(text)
+    value = decoder.decode(text)
     return _without_surrogates(value) if _SURROGATE_ESCAPE.search(text) else value
+
+
+def _without_long_strings(body: bytes) -> Tuple[List[memoryview], List[memoryview]]:
+    """What stands around the long plain strings of a JSON text, and those strings.
+
+    Parsing an image takes ten times as long as finding its end. A long string has a byte in every
+    stretch of its length: only there it is looked for.
+    """
+    view, kept, decided = memoryview(body), 0, 0
+    pieces: List[memoryview] = []
+    cut: List[memoryview] = []
+    while (end := body.find(b'"', decided + LONG_STRING)) >= 0:
+        start = body.rfind(b'"', decided, decided + LONG_STRING) + 1
+        escaped = body[start - 2 : start - 1] == b"\\"
+        parts = (body[at : min(at + _PART, end)] for at in range(start, end, _PART))
+        decided = end
+        if start and end - start > LONG_STRING and not escaped and _is_plain(parts):
+            pieces.append(view[kept : start - 1])
+            cut.append(view[start:end])
+            kept = decided = end + 1
+    return [*pieces, view[kept:]], cut
+
+
+def _loads_around(pieces: List[memoryview], cut: List[memoryview]) -> Any:
+    """The value of a JSON text out of which strings were cut.
+
+    ValueError for any other, also if what was cut was none of its strings: then the constant in the
+    place of it is within one, and the parser does not ask what that means.
+    """
+    strings = iter(cut)
+
+    def string(name: str) -> str:
+        return str(next(strings), "ascii") if name == _CUT.decode("ascii") else _no_constant(name)
+
+    body = _CUT.join(pieces)
+    if body.count(_CUT) != len(cut):
+        raise ValueError("the constant stood there before")
+    value = _loads(body, _decoder(string))
+    if next(strings, None) is not None:
+        raise ValueError("not a string")
+    return value
 
 
 def loads_text(text: str) -> Any:
@@ -586,10 +668,12 @@ def _without_surrogates(value: Any) -> Any:
     return value
 
 
+def _decoder(constant: Callable[[str], Any]) -> json.JSONDecoder:
+    return json.JSONDecoder(parse_constant=constant, parse_float=_finite, parse_int=_whole_number)
+
+
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # made once: that is slow
-_DECODER = json.JSONDecoder(
-    parse_constant=_no_constant, parse_float=_finite, parse_int=_whole_number
-)
+_DECODER = _decoder(_no_constant)
 
 
 def as_object(value: Any, path: str) -> JSON:
@@ -1160,8 +1244,8 @@ def _base64_start(encoded: str) -> bytes:
 
 def _data_url(url: str, path: str) -> Tuple[str, str]:
     """Media type and base64 text of a data: URL (RFC 2397)."""
-    header, comma, payload = url[5:].partition(",")
-    media_type, *parameters = header.split(";")
+    header, comma, payload = url.partition(",")
+    media_type, *parameters = header[5:].split(";")
     if not comma:
         raise RequestError("not a data: URL: the comma is missing", param=path)
     if "base64" not in (parameter.strip().lower() for parameter in parameters):
@@ -1444,6 +1528,26 @@ class Draft:
             request.pop("tools", None)
             request.pop("tool_choice", None)
         return limited_cache_marks(request)
+
+
+def request_text(request: JSON) -> bytes:
+    """Return a Messages request as JSON."""
+    long: List[str] = []
+    messages = [_with_holes(message, long) for message in request["messages"]]
+    whole = dumps_around({**request, "messages": messages}, long) if long else None
+    return dumps(request) if whole is None else whole  # a text of the client is just a hole, too
+
+
+def _with_holes(block: JSON, long: List[str]) -> JSON:
+    """A message or block with holes for images and documents, which are added to `long`."""
+    inner, source = block.get("content"), object_or_empty(block.get("source"))
+    if isinstance(inner, list):
+        holed = [_with_holes(b, long) if isinstance(b, dict) else b for b in inner]
+        return {**block, "content": holed}
+    if isinstance(source.get("data"), str) and len(source["data"]) > LONG_STRING:
+        long.append(source["data"])
+        return {**block, "source": {**source, "data": HOLE}}
+    return block
 
 
 # --- the order of a conversation
@@ -7989,7 +8093,7 @@ class App:
     ) -> Conversation[UpstreamResponse]:
         """Return upstream's answer to a translated request; UpstreamError if it is no stream."""
         headers = translated_headers(betas, "text/event-stream")
-        path, raw = "/v1/messages", dumps(body)
+        path, raw = "/v1/messages", request_text(body)
         call = UpstreamRequest("POST", path, headers, raw, request.watch, handed_on=True)
         response = yield from self._sent(call, request.headers, self.policy.retries)
         if response.status != 200:
@@ -8108,7 +8212,7 @@ class App:
         fitted = adapted(draft.finished(), self.catalogue.model(str(draft.request["model"])))
         counted = {k: v for k, v in fitted.request.items() if k in COUNTED_FIELDS}
         headers = translated_headers(draft.betas, "application/json")
-        path, body = "/v1/messages/count_tokens", dumps(counted)
+        path, body = "/v1/messages/count_tokens", request_text(counted)
         call = UpstreamRequest("POST", path, headers, body, request.watch)
         response = yield from self._sent(call, request.headers)
         answer = object_or_empty(parsed_or_none(read_error_body(response)))
@@ -8739,9 +8843,6 @@ _PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
 _UNSAFE_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
-_MOST_PIECES = 1000  # small ones cost many times their size
-
-
 class RequestReader:
     """Requests out of the bytes of a connection: `feed` them, then take `head` and `body`.
 
@@ -8750,15 +8851,14 @@ class RequestReader:
 
     def __init__(self, limits: ServerLimits) -> None:
         self._limits = limits
-        self._pieces: List[bytes] = []
-        self._size = 0  # of the pieces
-        self._wanted = 0  # bytes of the body that are still to be taken from them
+        self._buffer = io.BytesIO()
+        self._wanted = 0  # bytes of the body that are still to be taken from it
         self._chunks: Optional[ChunkedDecoder] = None
-        self._body: List[bytes] = []  # out of chunks
+        self._body = io.BytesIO()  # out of chunks
         self._skipped = False  # RFC 9112 2.2 allows one empty line before a request
 
     def __len__(self) -> int:
-        return self._size
+        return self._buffer.tell()
 
     @property
     def in_chunks(self) -> bool:
@@ -8767,15 +8867,11 @@ class RequestReader:
 
     def feed(self, burst: bytes) -> None:
         """Take bytes as they come."""
-        self._pieces.append(burst)
-        self._size += len(burst)
-        if len(self._pieces) > _MOST_PIECES:
-            self._pieces = [b"".join(self._pieces)]
+        self._buffer.write(burst)
 
     def _taken(self) -> bytes:
-        buffer = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces, self._size = [], 0
-        return buffer
+        buffer, self._buffer = self._buffer, io.BytesIO()
+        return buffer.getvalue()  # without a copy
 
     def head(self) -> Optional[Head]:
         """Return the next head; a ProtocolError if it is malformed or too large."""
@@ -8808,24 +8904,23 @@ class RequestReader:
     def expect(self, framing: Framing) -> None:
         """Say how the body of the last head ends."""
         self._chunks = ChunkedDecoder() if framing.chunked else None
-        self._wanted, self._body = framing.length or 0, []
+        self._wanted, self._body = framing.length or 0, io.BytesIO()
 
     def body(self) -> Optional[bytes]:
         """Return the whole body; a ProtocolError if it is malformed or too large."""
         if self._chunks is None:
-            if self._size < self._wanted:
+            if len(self) < self._wanted:
                 return None
             buffer = self._taken()
             self.feed(buffer[self._wanted :])
             return buffer[: self._wanted]
-        self._body.append(self._chunks.feed(self._taken()))
-        if sum(map(len, self._body)) > self._limits.max_body:
+        self._body.write(self._chunks.feed(self._taken()))
+        if self._body.tell() > self._limits.max_body:
             raise too_large(self._limits.max_body)
         if not self._chunks.done:
-            self._body = [b"".join(self._body)] if len(self._body) > _MOST_PIECES else self._body
             return None
         self.feed(self._chunks.rest)
-        return b"".join(self._body)
+        return self._body.getvalue()
 
 
 # --- the relay: one thread carries the bytes of all connections
