@@ -502,9 +502,12 @@ def _is_plain(parts: Iterable[bytes]) -> bool:
     return not any(part.translate(None, _PLAIN) for part in parts)
 
 
-def loads(body: bytes) -> Any:
-    """Return the value of a JSON text in UTF-8; ValueError says in a sentence what is wrong."""
-    pieces, cut = _without_long_strings(body)
+def loads(body: bytes, long: int = LONG_STRING) -> Any:
+    """Return the value of a JSON text in UTF-8; ValueError says in a sentence what is wrong.
+
+    Plain strings over `long` bytes go around the parser: that takes a fifth of the time.
+    """
+    pieces, cut = _without_long_strings(body, long)
     if cut:
         with contextlib.suppress(ValueError):  # of which the whole body tells better
             return _loads_around(pieces, cut)
@@ -522,21 +525,20 @@ def _loads(body: bytes, decoder: json.JSONDecoder) -> Any:
     return _without_surrogates(value) if _SURROGATE_ESCAPE.search(text) else value
 
 
-def _without_long_strings(body: bytes) -> Tuple[List[memoryview], List[memoryview]]:
+def _without_long_strings(body: bytes, long: int) -> Tuple[List[memoryview], List[memoryview]]:
     """What stands around the long plain strings of a JSON text, and those strings.
 
-    Parsing an image takes ten times as long as finding its end. A long string has a byte in every
-    stretch of its length: only there it is looked for.
+    A long string has a byte in every stretch of that length: only there it is looked for.
     """
     view, kept, decided = memoryview(body), 0, 0
     pieces: List[memoryview] = []
     cut: List[memoryview] = []
-    while (end := body.find(b'"', decided + LONG_STRING)) >= 0:
-        start = body.rfind(b'"', decided, decided + LONG_STRING) + 1
+    while (end := body.find(b'"', decided + long)) >= 0:
+        start = body.rfind(b'"', decided, decided + long) + 1
         escaped = body[start - 2 : start - 1] == b"\\"
         parts = (body[at : min(at + _PART, end)] for at in range(start, end, _PART))
         decided = end
-        if start and end - start > LONG_STRING and not escaped and _is_plain(parts):
+        if start and end - start > long and not escaped and _is_plain(parts):
             pieces.append(view[kept : start - 1])
             cut.append(view[start:end])
             kept = decided = end + 1
@@ -660,7 +662,7 @@ def _whole_number(text: str) -> int:
 def _without_surrogates(value: Any) -> Any:
     """Half a surrogate pair is no character, and Anthropic refuses it: it becomes U+FFFD."""
     if isinstance(value, str):
-        return _HALF.sub("\ufffd", value)
+        return value if value.isascii() else _HALF.sub("\ufffd", value)
     if isinstance(value, list):
         return [_without_surrogates(item) for item in value]
     if isinstance(value, dict):
@@ -1331,6 +1333,7 @@ def tool_input(arguments: Any) -> JSON:
 
 _SCHEMA_MAPS = frozenset("properties patternProperties $defs definitions dependentSchemas".split())
 _SCHEMA_VALUES = frozenset("const enum default examples required".split())
+_CHANGED_KEYWORDS = frozenset("definitions items $ref exclusiveMinimum exclusiveMaximum".split())
 
 
 def _upgraded_schema(schema: Any) -> Any:
@@ -1339,7 +1342,15 @@ def _upgraded_schema(schema: Any) -> Any:
         return [_upgraded_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    new = {k: _upgraded_member(k, v) for k, v in schema.items() if k != "$schema"}
+    new = {
+        keyword: _upgraded_member(keyword, value) if isinstance(value, (dict, list)) else value
+        for keyword, value in schema.items()
+        if keyword != "$schema"
+    }
+    return new if _CHANGED_KEYWORDS.isdisjoint(new) else _renamed(new)
+
+
+def _renamed(new: JSON) -> JSON:
     if isinstance(new.get("definitions"), dict):
         new["$defs"] = {**new.pop("definitions"), **object_or_empty(new.get("$defs"))}
     if isinstance(new.get("items"), list):
@@ -1530,22 +1541,28 @@ class Draft:
         return limited_cache_marks(request)
 
 
-def request_text(request: JSON) -> bytes:
-    """Return a Messages request as JSON."""
-    long: List[str] = []
-    messages = [_with_holes(message, long) for message in request["messages"]]
-    whole = dumps_around({**request, "messages": messages}, long) if long else None
+def request_text(request: JSON, long: int = LONG_STRING) -> bytes:
+    """Return a Messages request as JSON; images over `long` bytes go around the encoder."""
+    if not any(_may_hold_images(b) for m in request["messages"] for b in m["content"]):
+        return dumps(request)
+    images: List[str] = []
+    messages = [_with_holes(message, images, long) for message in request["messages"]]
+    whole = dumps_around({**request, "messages": messages}, images)
     return dumps(request) if whole is None else whole  # a text of the client is just a hole, too
 
 
-def _with_holes(block: JSON, long: List[str]) -> JSON:
-    """A message or block with holes for images and documents, which are added to `long`."""
+def _may_hold_images(block: JSON) -> bool:
+    return "source" in block or isinstance(block.get("content"), list)
+
+
+def _with_holes(block: JSON, images: List[str], long: int) -> JSON:
+    """A message or block with holes for its images and documents, which are added to `images`."""
     inner, source = block.get("content"), object_or_empty(block.get("source"))
     if isinstance(inner, list):
-        holed = [_with_holes(b, long) if isinstance(b, dict) else b for b in inner]
+        holed = [_with_holes(b, images, long) if isinstance(b, dict) else b for b in inner]
         return {**block, "content": holed}
-    if isinstance(source.get("data"), str) and len(source["data"]) > LONG_STRING:
-        long.append(source["data"])
+    if isinstance(source.get("data"), str) and len(source["data"]) > long:
+        images.append(source["data"])
         return {**block, "source": {**source, "data": HOLE}}
     return block
 
@@ -1599,31 +1616,27 @@ def _answered(turns: Turns) -> Turns:
     """Each tool_use with its result in the turn after it; ids that come again get a number."""
     answered: Turns = []
     calls: Dict[str, str] = {}  # id as the client wrote it -> as it goes up
-    seen: Dict[str, None] = {}
+    seen: Dict[str, int] = {}  # ids that went up, with the last number that was added to each
     for role, blocks in turns:
         if role == "assistant":
             answered.append(("user", _results_first([], calls)))
             blocks, calls = _distinct_calls(blocks, seen)
-            seen.update(dict.fromkeys(calls.values()))
         elif role == "user":
             blocks, calls = _results_first(blocks, calls), {}
         answered.append((role, blocks))
     return [*answered, ("user", _results_first([], calls))]
 
 
-def _distinct_calls(blocks: List[JSON], seen: Dict[str, None]) -> Tuple[List[JSON], Dict[str, str]]:
+def _distinct_calls(blocks: List[JSON], seen: Dict[str, int]) -> Tuple[List[JSON], Dict[str, str]]:
     """Drop a second call of the same id; number an id that an earlier turn had."""
     kept: List[JSON] = []
     calls: Dict[str, str] = {}
-    seen = dict(seen)
     for block in blocks:
         if block["type"] == "tool_use":
             if block["id"] in calls:
                 drop_last_thinking(kept)  # which led to it
                 continue
-            new = _unused(block["id"], seen)
-            calls[block["id"]] = new
-            seen[new] = None
+            new = calls[block["id"]] = _unused(block["id"], seen)
             block = {**block, "id": new}
         kept.append(block)
     return kept, calls
@@ -1635,10 +1648,14 @@ def drop_last_thinking(blocks: List[JSON]) -> None:
         blocks.pop()
 
 
-def _unused(id: str, seen: Dict[str, None]) -> str:
-    if id not in seen:
-        return id
-    return next(new for n in itertools.count(1) if (new := f"{id}_{n}") not in seen)
+def _unused(id: str, seen: Dict[str, int]) -> str:
+    """`id`, with a number if it was seen; noted as seen."""
+    new = id
+    while new in seen:
+        seen[id] += 1
+        new = f"{id}_{seen[id]}"
+    seen[new] = 0
+    return new
 
 
 def _results_first(blocks: List[JSON], calls: Dict[str, str]) -> List[JSON]:
@@ -2965,6 +2982,10 @@ class ChatDraft(Draft):
     include_usage = False
     n = 1
 
+    def __init__(self, model: str, recall: Optional[Callable[[str], List[JSON]]]) -> None:
+        super().__init__(model, recall)
+        self.last_calls: Dict[str, str] = {}  # id of the last call, by name
+
 
 # --- content
 
@@ -2987,6 +3008,8 @@ def _assistant_message(draft: ChatDraft, message: JSON, path: str) -> None:
         blocks.extend(marked([_tool_use(draft, as_object(call, where), where)], call))
     if message.get("function_call") is not None:
         blocks.append(_legacy_call(draft, message["function_call"], f"{path}.function_call"))
+    used = [block for block in reversed(blocks) if block["type"] == "tool_use"]
+    draft.last_calls.update((block["name"], block["id"]) for block in used)
     draft.turns.append(("assistant", marked(_with_thinking(draft, blocks, message), message)))
 
 
@@ -3061,10 +3084,8 @@ def _tool_message(draft: ChatDraft, message: JSON, path: str) -> None:
 
 def _function_message(draft: ChatDraft, message: JSON, path: str) -> None:
     name = draft.tool_name(as_text(message.get("name"), f"{path}.name"))
-    blocks = (block for _, turn in reversed(draft.turns) for block in turn)
-    calls = (b["id"] for b in blocks if b["type"] == "tool_use" and b["name"] == name)
-    content = message.get("content")
-    block = tool_result(draft, next(calls, "call_fn"), content, f"{path}.content")
+    id = draft.last_calls.get(name, "call_fn")
+    block = tool_result(draft, id, message.get("content"), f"{path}.content")
     draft.turns.append(("user", [block]))
 
 
@@ -3575,6 +3596,11 @@ class ChatStreamEncoder(EventSink):
 # --- the legacy endpoint, over the same path
 
 COMPLETION_REJECTED = ("suffix", "echo")
+
+
+def chats_from_completion(body: JSON) -> List[JSON]:
+    """Return the chat bodies that a legacy completion request stands for, one for each prompt."""
+    return [chat_from_completion(body, prompt) for prompt in completion_prompts(body)]
 
 
 def chat_from_completion(body: JSON, prompt: str) -> JSON:
@@ -7935,14 +7961,11 @@ class App:
 
     def chat_completions(self, request: Request) -> Conversation[Response]:
         """POST /v1/chat/completions."""
-        body = self._with_deployment(request, loads_object(request.body))
-        return (yield from self._complete(request, body, [body], CHAT_FORM))
+        return (yield from self._complete(request, lambda body: [body], CHAT_FORM))
 
     def completions(self, request: Request) -> Conversation[Response]:
         """POST /v1/completions."""
-        body = self._with_deployment(request, loads_object(request.body))
-        bodies = [chat_from_completion(body, prompt) for prompt in completion_prompts(body)]
-        return (yield from self._complete(request, body, bodies, LEGACY_FORM))
+        return (yield from self._complete(request, chats_from_completion, LEGACY_FORM))
 
     @staticmethod
     def _with_deployment(request: Request, body: JSON) -> JSON:
@@ -7953,12 +7976,10 @@ class App:
         return body
 
     def _complete(
-        self, request: Request, body: JSON, bodies: List[JSON], form: ChatForm
+        self, request: Request, chats: Callable[[JSON], List[JSON]], form: ChatForm
     ) -> Conversation[Response]:
-        id = self._requested_model(request, body)
-        drafts = [messages_request_from_chat(b, id, self.memory.recall) for b in bodies]
+        drafts, stream = self._chat_drafts(request, chats)
         questions = [draft for draft in drafts for _ in range(draft.n)]
-        stream = asks_for_stream(body)
         if stream and len(questions) > 1:
             raise RequestError("one choice only with stream; ask for more without it", param="n")
         if len(questions) > MAX_CHOICES:
@@ -7969,6 +7990,15 @@ class App:
             lambda messages: form.whole(messages, reply),
         )
         return (yield from self._answered(request, questions, stream, made))
+
+    def _chat_drafts(
+        self, request: Request, chats: Callable[[JSON], List[JSON]]
+    ) -> Tuple[List[ChatDraft], bool]:
+        """What is asked, and whether for a stream; nothing keeps the body until the answer."""
+        body = self._with_deployment(request, loads_object(request.body))
+        bodies, id = chats(body), self._requested_model(request, body)
+        drafts = [messages_request_from_chat(b, id, self.memory.recall) for b in bodies]
+        return drafts, asks_for_stream(body)
 
     def _requested_model(self, request: Request, body: JSON) -> str:
         self._refresh_models(request)

@@ -307,9 +307,9 @@ PURE_SECTIONS = range(1, 8)
 IO_NAMES = frozenset(
     """
     os sys time socket socketserver ssl threading _thread multiprocessing concurrent asyncio queue
-    sched signal random secrets uuid select selectors subprocess shutil tempfile pathlib glob io
-    fileinput mmap fcntl msvcrt termios pty tty sqlite3 dbm shelve logging warnings getpass locale
-    platform importlib runpy ctypes webbrowser configparser argparse
+    sched signal random secrets uuid select selectors subprocess shutil tempfile pathlib glob
+    io.open io.open_code io.FileIO fileinput mmap fcntl msvcrt termios pty tty sqlite3 dbm shelve
+    logging warnings getpass locale platform importlib runpy ctypes webbrowser configparser argparse
     urllib.request http.server http.client datetime.datetime.now datetime.datetime.utcnow
     datetime.datetime.today datetime.date.today
     open print input exec eval __import__ breakpoint
