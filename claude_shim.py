@@ -467,6 +467,7 @@ _PLAIN = b"+/-_=:;,.0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwx
 
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
+_NOT_BEFORE_VALUE = bytes(set(range(256)) - set(b"[{,"))
 _HALF = re.compile(r"[\ud800-\udfff]")  # the parser joined what is a pair
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -515,8 +516,8 @@ def loads(body: bytes, long: int = LONG_STRING) -> Any:
 
 
 def _loads(body: bytes, decoder: json.JSONDecoder) -> Any:
-    opening = body.count(b"[") + body.count(b"{")
-    if opening > MAX_JSON_DEPTH or opening + body.count(b",") > MAX_JSON_VALUES:
+    marks = body.translate(None, _NOT_BEFORE_VALUE)
+    if len(marks) > MAX_JSON_VALUES or len(marks) - marks.count(b",") > MAX_JSON_DEPTH:
         _check_structure(body)
     text = body.decode("utf-8")
     if text.startswith("\ufeff"):
@@ -535,10 +536,9 @@ def _without_long_strings(body: bytes, long: int) -> Tuple[List[memoryview], Lis
     cut: List[memoryview] = []
     while (end := body.find(b'"', decided + long)) >= 0:
         start = body.rfind(b'"', decided, decided + long) + 1
-        escaped = body[start - 2 : start - 1] == b"\\"
         parts = (body[at : min(at + _PART, end)] for at in range(start, end, _PART))
         decided = end
-        if start and end - start > long and not escaped and _is_plain(parts):
+        if start and end - start > long and _is_plain(parts):
             pieces.append(view[kept : start - 1])
             cut.append(view[start:end])
             kept = decided = end + 1
