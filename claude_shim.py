@@ -508,7 +508,7 @@ def loads(body: bytes, long: int = LONG_STRING) -> Any:
 
     Plain strings over `long` bytes go around the parser: that takes a fifth of the time.
     """
-    pieces, cut = _without_long_strings(body, long)
+    pieces, cut = _without_long_strings(body, long) if len(body) > long else ([], [])
     if cut:
         with contextlib.suppress(ValueError):  # of which the whole body tells better
             return _loads_around(pieces, cut)
