@@ -488,8 +488,9 @@ def dumps_around(value: Any, strings: Sequence[str]) -> Optional[bytes]:
     text = io.BytesIO()  # each further copy of a large text costs as much as the rest
     for piece, string in zip(pieces, strings):
         plain = string.isascii() and _is_plain(_parts(string))
+        quoted = itertools.chain((b'"',), _parts(string), (b'"',))
         text.write(piece)
-        text.writelines([b'"', *_parts(string), b'"'] if plain else [dumps(string)])
+        text.writelines(quoted if plain else (dumps(string),))
     text.write(pieces[-1])
     return text.getvalue()
 
