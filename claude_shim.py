@@ -72,6 +72,7 @@ from datetime import datetime, timezone
 from typing import (
     TYPE_CHECKING,
     Any,
+    BinaryIO,
     Callable,
     Deque,
     Dict,
@@ -440,6 +441,17 @@ def upstream_error(
     )
 
 
+_SCHEME_AND_HOST = re.compile(
+    r"https?://(?:\[[0-9A-Fa-f:]{2,45}\]|[A-Za-z0-9.-]{1,255})(?::[0-9]{1,5})?(?![^/?#])"
+)
+
+
+def redirect_target(headers: Iterable[Tuple[str, str]]) -> str:
+    """Return where a redirect leads: scheme and host only, as the rest may hold secrets."""
+    target = _SCHEME_AND_HOST.match(dict(headers).get("location", ""))
+    return target.group() if target else "another page"
+
+
 def error_from_event(event: JSON) -> UpstreamError:
     """Return the error of an `error` event, with the status that its type stands for."""
     detail = event.get("error")
@@ -468,6 +480,7 @@ _PLAIN = b"+/-_=:;,.0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwx
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
 _NOT_BEFORE_VALUE = bytes(set(range(256)) - set(b"[{,"))
+_WHITE_SPACE = " \t\r\n"
 _HALF = re.compile(r"[\ud800-\udfff]")  # the parser joined what is a pair
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -523,7 +536,7 @@ def _loads(body: bytes, decoder: json.JSONDecoder) -> Any:
     text = body.decode("utf-8")
     if text.startswith("\ufeff"):
         text = text[1:]
-    value = decoder.decode(text)
+    value = _parsed(text, decoder)
     return _without_surrogates(value) if _SURROGATE_ESCAPE.search(text) else value
 
 
@@ -568,7 +581,15 @@ def _loads_around(pieces: List[memoryview], cut: List[memoryview]) -> Any:
 
 def loads_text(text: str) -> Any:
     """Return the value of a JSON text; ValueError for what is none, NaN and infinity included."""
-    return _DECODER.decode(text)
+    return _parsed(text, _DECODER)
+
+
+def _parsed(text: str, decoder: json.JSONDecoder) -> Any:
+    """As `decoder.decode`, but without its regular expressions for white space."""
+    value, end = decoder.raw_decode(text, len(text) - len(text.lstrip(_WHITE_SPACE)))
+    if text[end:].strip(_WHITE_SPACE):
+        raise json.JSONDecodeError("Extra data", text, end)
+    return value
 
 
 def loads_object(body: bytes) -> JSON:
@@ -887,15 +908,15 @@ def resolved_model_id(name: str, aliases: Dict[str, str], live: Sequence[Model])
     `aliases` maps names or globs to ids or to one of the lines; `live` is upstream's own list.
     ModelNotFoundError names what exists.
     """
-    bare = _PREFIX.sub("", name.strip())
+    bare, ids = _PREFIX.sub("", name.strip()), [model.id for model in live]
     for pattern, target in aliases.items():
         if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(bare, pattern):
             bare = target
             break
     else:
-        if not _is_claude(bare, live):
+        if bare not in ids and not _is_claude(bare):
             raise ModelNotFoundError(_no_such_model(name, aliases, live), param="model")
-    if any(model.id == bare for model in live):
+    if bare in ids:
         return bare
     alias = _ALIAS.match(bare)
     if not alias:
@@ -911,9 +932,8 @@ def newest_of_line(line: str, live: Sequence[Model]) -> str:
     return next(model.id for model in (*dated, *MODELS) if f"-{line}-" in model.id)
 
 
-def _is_claude(name: str, live: Sequence[Model]) -> bool:
-    known = _ALIAS.match(name) or "claude" in name.lower()
-    return bool(known) or any(model.id == name for model in live)
+def _is_claude(name: str) -> bool:
+    return bool(_ALIAS.match(name)) or "claude" in name.lower()
 
 
 def _no_such_model(name: str, aliases: Dict[str, str], live: Sequence[Model]) -> str:
@@ -1578,7 +1598,9 @@ def conversation(turns: Iterable[Tuple[str, List[JSON]]]) -> List[JSON]:
     and in the order of the calls; a call without result gets one that says so, a result without a
     call becomes text. RequestError when nothing is left.
     """
-    ordered = _merged(_answered(_merged(turns)))
+    ordered = _merged(turns)
+    if any(block["type"] in _OF_CALLS for _, blocks in ordered for block in blocks):
+        ordered = _merged(_answered(ordered))
     if not ordered:
         raise RequestError("expected at least one message with content", param="messages")
     if ordered[0][0] != "user":
@@ -1587,6 +1609,7 @@ def conversation(turns: Iterable[Tuple[str, List[JSON]]]) -> List[JSON]:
 
 
 Turns = List[Tuple[str, List[JSON]]]
+_OF_CALLS = ("tool_use", "tool_result")
 
 
 def _merged(turns: Iterable[Tuple[str, List[JSON]]]) -> Turns:
@@ -2164,12 +2187,13 @@ def read_fields(
 
     RequestError, with the reason, if a value of `rejected` is used.
     """
-    for field, (reason, used) in rejected.items():
-        if field in body and used(body[field]):
+    for field in [field for field in rejected if field in body]:
+        reason, used = rejected[field]
+        if used(body[field]):
             raise RequestError(reason, param=field)
-    for field, (_, read) in mapped.items():
-        if body.get(field) is not None:
-            read(draft, body[field], field)
+    for field in [field for field in mapped if field in body]:
+        if body[field] is not None:
+            mapped[field][1](draft, body[field], field)
     for field in body:
         if field not in mapped and field not in rejected and _asks(field, body[field]):
             draft.ignore(field)
@@ -2615,7 +2639,7 @@ class MessageAssembler(EventSink):
 
     def _settle(self) -> None:
         if self._raw:
-            self._pieces.append(json.loads(b'"%b"' % b"".join(self._raw)))
+            self._pieces.append(loads_text('"' + b"".join(self._raw).decode("ascii") + '"'))
             self._raw = []
 
     @property
@@ -2707,29 +2731,61 @@ def _parsed_input(text: str, given: Any) -> JSON:
     return {"input": value} if isinstance(value, dict) else {"input": {}, "partial_json": text}
 
 
-# One text delta, byte for byte as Anthropic writes it (it pads with spaces before the last brace).
-# The JSON string grammar is spelled out, so that its text can be spliced as it stands; anything
-# that differs in one byte takes the way through the JSON parser.
-_TEXT_DELTA = (
+# A text delta, byte for byte as Anthropic writes it (it pads with spaces before the last brace).
+# What follows its start is looked at for a whole run at once. The JSON string grammar is spelled
+# out, so that the texts can be spliced as they stand; anything that differs in one byte takes the
+# way through the JSON parser.
+_DELTA_START = re.compile(
     rb"event: content_block_delta\n"
     rb'data: \{"type":"content_block_delta","index":(?:0|[1-9]\d{0,5}),'
     rb'"delta":\{"type":"text_delta","text":"'
-    rb'(?!")(%b[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*)"\} *\}\n\n'
 )
-TEXT_DELTA = re.compile(_TEXT_DELTA % b"")
-_TEXT_RUN = re.compile(b"(?:" + _TEXT_DELTA % b"?:" + b")+")
+_TEXT_RUN = re.compile(
+    rb'(?:[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'
+    rb'"\} *\}\n\n)+'
+)
+_QUOTE = ord('"')
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
-def ascii_texts(run: bytes) -> Optional[List[bytes]]:
-    """Return the JSON texts of a run of raw text deltas, in ASCII; None if one is not UTF-8."""
-    texts: List[bytes] = TEXT_DELTA.findall(run)
-    if run.isascii():
-        return texts
+class TextRun(NamedTuple):
+    """Text deltas that follow each other."""
+
+    events: int  # how many
+    texts: List[bytes]  # that are not empty, as JSON in ASCII, without quotes
+
+    @classmethod
+    def at(cls, blocks: Sequence[bytes], position: int) -> TextRun:
+        """Return the run that begins with a block of lines; without texts if it is none.
+
+        All its events then take the other way.
+        """
+        start = _DELTA_START.match(blocks[position])
+        if start is None:
+            return _NO_RUN
+        prefix = start.group()
+        rests = []
+        for block in itertools.islice(blocks, position, None):
+            rest = block.removeprefix(prefix)
+            if rest is block:
+                break
+            rests.append(rest)
+        run = b"\n\n".join([*rests, b""])
+        if not _TEXT_RUN.fullmatch(run):
+            return cls(len(rests), [])
+        texts = [rest[: rest.rindex(b'"')] for rest in rests if rest[0] != _QUOTE]
+        return cls(len(rests), texts if run.isascii() else ascii_texts(texts))
+
+
+_NO_RUN = TextRun(1, [])
+
+
+def ascii_texts(texts: Iterable[bytes]) -> List[bytes]:
+    """Return JSON texts in ASCII; none at all if one is not UTF-8."""
     try:
         return [text if text.isascii() else _escaped(text) for text in texts]
     except UnicodeDecodeError:
-        return None
+        return []
 
 
 def _escaped(text: bytes) -> bytes:
@@ -2770,20 +2826,17 @@ class EventTransform:
         return b"".join(made)
 
     def _feed_events(self, events: bytes, made: List[bytes]) -> None:
-        position = 0
-        while position < len(events) and not self.complete:
-            run = _TEXT_RUN.match(events, position) if self._sink.takes_text else None
-            texts = ascii_texts(run.group()) if run else None
-            found = events.find(b"\n\n", position)
-            end = run.end() if run else found + 2 if found >= 0 else len(events)
-            if texts:
-                made.append(self._sink.feed_text(texts))
+        blocks, position, sink = events.split(b"\n\n"), 0, self._sink
+        while position < len(blocks) and not sink.complete:
+            run = TextRun.at(blocks, position) if sink.takes_text else _NO_RUN
+            if run.texts:
+                made.append(sink.feed_text(run.texts))
             else:
-                self._feed_parsed(events[position:end], made)
-            position = end
+                self._feed_parsed(blocks[position : position + run.events], made)
+            position += run.events
 
-    def _feed_parsed(self, events: bytes, made: List[bytes]) -> None:
-        for block in events.split(b"\n\n"):
+    def _feed_parsed(self, blocks: Sequence[bytes], made: List[bytes]) -> None:
+        for block in blocks:
             event = parsed_event(block) if block else None
             if event is not None:
                 made.append(self._sink.feed(event))
@@ -4986,7 +5039,7 @@ def read_secret_file(path: str) -> str:
     try:
         descriptor = os.open(target, functools.reduce(operator.or_, flags, os.O_RDONLY))
         try:
-            _check_guarded(target, os.fstat(descriptor))
+            _check_guarded(path, os.fstat(descriptor))
             return os.read(descriptor, MAX_SECRET_BYTES).decode("utf-8-sig")
         finally:
             os.close(descriptor)
@@ -5001,10 +5054,13 @@ def _check_guarded(path: str, status: os.stat_result) -> None:
         raise ConfigError(f"{path} is no regular file")
     if os.name != "posix":
         return
+    import shlex
+
+    file = shlex.quote(os.path.realpath(os.path.expanduser(path)))
     if status.st_uid != os.geteuid():
-        raise ConfigError(f"{path} belongs to another user: run chown {os.geteuid()} {path}")
+        raise ConfigError(f"{path} belongs to another user: run chown {os.geteuid()} {file}")
     if status.st_mode & 0o077:
-        raise ConfigError(f"{path} can be read by others: run chmod 600 {path}")
+        raise ConfigError(f"{path} can be read by others: run chmod 600 {file}")
 
 
 def write_secret_file(path: str, text: str) -> None:
@@ -5159,25 +5215,47 @@ RUN_SECONDS = 30.0
 def run_program(command: Sequence[str], seconds: float = RUN_SECONDS) -> Tuple[int, str]:
     """Return the exit code and the output of a program that is killed when time is up.
 
-    With it die the programs that it started. OSError if it cannot be run, TimeoutError.
+    With it die the programs that it started. OSError if it cannot be run or says too much,
+    TimeoutError.
     """
     import subprocess
 
+    output, end = bytearray(), time.monotonic() + seconds
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env=without_secrets(dict(os.environ)),
         start_new_session=True,
+        bufsize=0,
     ) as process:
+        reader = threading.Thread(target=_collect, args=(process.stdout, output), daemon=True)
         try:
-            output, _ = process.communicate(timeout=seconds)
+            reader.start()
+            reader.join(seconds)
+            if len(output) > MAX_SECRET_BYTES:
+                raise OSError(f"more than {MAX_SECRET_BYTES} bytes came")
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired(command, seconds)
+            process.wait(max(0.0, end - time.monotonic()))
         except BaseException as error:
             _kill_group(process.pid)
+            if reader.is_alive():
+                reader.join(1.0)  # longer only if somebody else holds the other end
             if isinstance(error, subprocess.TimeoutExpired):
                 raise TimeoutError(f"no answer within {seconds:g} seconds") from None
             raise
     return process.returncode, output.decode("utf-8", "replace")
+
+
+def _collect(pipe: BinaryIO, output: bytearray) -> None:
+    """Read to the end, or until it is too much."""
+    with contextlib.suppress(ValueError):  # nobody waits for the rest any more
+        while len(output) <= MAX_SECRET_BYTES:
+            piece = pipe.read(MAX_SECRET_BYTES + 1 - len(output))
+            if not piece:
+                break
+            output += piece
 
 
 def _kill_group(leader: int) -> None:
@@ -5259,17 +5337,15 @@ def _why_no_token(answer: TokenAnswer, body: JSON, host: str, repair: str) -> Sh
     code = error.get("type") if isinstance(error, dict) else error
     if code == "invalid_grant":
         return CredentialError(f"{host} says that the login is no longer valid: {repair}")
-    fields = dict(answer.headers)
     if 300 <= answer.status < 400:
-        to = re.match(r"https?://([A-Za-z0-9.-]{1,255})", fields.get("location", ""))
-        where = to.group(1) if to else "another page"
+        where = redirect_target(answer.headers)
         said = f"redirects to {where}, which is not followed: check --token-url"
     elif answer.status == 200:
         said = "answered with what is no token: check --token-url, or log in to your network first"
     else:
         named = isinstance(code, str) and re.fullmatch("[a-z_]{1,40}", code)
         said = f"answered with status {answer.status}" + (f" ({code})" if named else "")
-    wait = fields.get("retry-after", "")
+    wait = dict(answer.headers).get("retry-after", "")
     seconds = float(wait) if re.fullmatch("[0-9]{1,6}", wait) else 5.0
     return CredentialUnavailableError(f"the token endpoint {host} {said}", seconds)
 
@@ -6122,7 +6198,7 @@ class UpstreamResponse(NamedTuple):
 
     def header(self, name: str) -> str:
         """Return the value of a header field, or an empty string."""
-        return next((value for key, value in self.headers if key == name), "")
+        return dict(reversed(self.headers)).get(name, "")
 
     def is_event_stream(self) -> bool:
         """Return whether the body is server-sent events."""
@@ -6149,17 +6225,29 @@ class Upstream:
         """Let go of idle connections."""
 
 
-_STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: [\t\x20-\x7e\x80-\xff]*)?(?=\r\n|\Z)")
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: [\t\x20-\x7e\x80-\xff]*)?")
 _UNSAFE_HEADER = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
 
 
 def parsed_response_head(head: bytes) -> Tuple[int, HeaderList]:
     """Return the status and header fields of a response head; UpstreamCutError if malformed."""
-    status = _STATUS_LINE.match(head)
-    fields = header_fields(head[status.end() :]) if status else None
-    if status is None or fields is None:
-        raise UpstreamCutError("upstream did not answer in HTTP/1.1")
-    return int(status.group(1)), fields
+    first, *lines = head.split(b"\r\n")
+    status = _STATUS_LINE.fullmatch(first)
+    if status is None:
+        raise UpstreamCutError(_NO_HTTP)
+    return int(status.group(1)), [_known_field(line) for line in lines]
+
+
+_NO_HTTP = "upstream did not answer in HTTP/1.1"
+
+
+@functools.lru_cache(maxsize=512)
+def _known_field(line: bytes) -> Tuple[str, str]:
+    """One header field; most lines of upstream's come again and again, to the byte."""
+    fields = header_fields(b"\r\n" + line)
+    if fields is None:
+        raise UpstreamCutError(_NO_HTTP)
+    return fields[0]
 
 
 class Framing(NamedTuple):
@@ -6170,15 +6258,16 @@ class Framing(NamedTuple):
     keep: bool  # whether the connection lives on
 
 
-_FRAMING_FIELDS = ("connection", "content-encoding", "content-length", "transfer-encoding")
+_FRAMING_FIELDS = frozenset(
+    {"connection", "content-encoding", "content-length", "transfer-encoding"}
+)
 
 
 def response_framing(status: int, headers: HeaderList) -> Framing:
     """Return the framing of a response body (RFC 9112 6.3); UpstreamCutError if it is ambiguous."""
     fields: Dict[str, List[str]] = {}
-    for name, value in headers:
-        if name in _FRAMING_FIELDS:
-            fields.setdefault(name, []).append(value.lower())
+    for name, value in [pair for pair in headers if pair[0] in _FRAMING_FIELDS]:
+        fields.setdefault(name, []).append(value.lower())
     keep = "close" not in ",".join(fields.get("connection", []))
     if fields.get("content-encoding", ["identity"]) != ["identity"]:
         raise UpstreamCutError("upstream compressed its answer although that was not asked for")
@@ -6360,8 +6449,8 @@ class UpstreamConnection(Source):
             self.drop()
 
     def rests(self) -> bool:
-        with contextlib.suppress(ShimError):
-            if not self._at_end():
+        if not self._at_end():
+            with contextlib.suppress(ShimError):
                 self.read()
         return self._at_end() and not self._buffer and not (self._chunks and self._chunks.rest)
 
@@ -6662,6 +6751,7 @@ def send_with_retries(
 ) -> Conversation[UpstreamResponse]:
     """Return upstream's answer after as many tries as `policy` allows, all before a byte is shown.
 
+    UpstreamCutError for a redirect, which would carry the credential elsewhere.
     An answer that ends the tries says `x-should-retry: false`: clients would multiply them.
     """
     waited = 0.0
@@ -6681,9 +6771,18 @@ def _tried(
     request: UpstreamRequest,
 ) -> Conversation[Union[UpstreamResponse, UpstreamUnreachableError]]:
     try:
-        return (yield request)
+        answer = yield request
     except UpstreamUnreachableError as error:
         return error
+    unchanged = answer.status == 304 and request.method == "GET"
+    if 300 <= answer.status < 400 and not unchanged:
+        answer.source.drop()
+        raise UpstreamCutError(
+            f"upstream answers with status {answer.status}, a redirect to"
+            f" {redirect_target(answer.headers)}, which is not followed:"
+            " --base-url is probably wrong"
+        )
+    return answer
 
 
 def _final(
@@ -7224,9 +7323,11 @@ class ThinkingMemory:
 
     def remember(self, tool_use_ids: List[str], blocks: List[JSON]) -> None:
         """Keep `blocks` under each of the ids."""
-        size = len(dumps(blocks)) if blocks else 0
+        if not tool_use_ids or not blocks:
+            return
+        size = len(dumps(blocks))
         with self._lock:
-            for id in tool_use_ids if blocks else ():
+            for id in tool_use_ids:
                 self._bytes += size - self._turns.pop(id, ([], 0))[1]
                 self._turns[id] = (blocks, size)
             while self._bytes > self._max_bytes:
@@ -7661,21 +7762,24 @@ def responses_status(status: int, body: JSON, headers: HeaderList, client: Dict[
 
 
 _RATE_LIMITS = re.compile(r"anthropic-ratelimit-(requests|tokens)-(limit|remaining|reset)")
+_TOLD_AS_IT_IS = re.compile(r"retry-after(?:-ms)?|x-should-retry|anthropic-ratelimit-.*")
+
+
+@functools.lru_cache(maxsize=256)
+def _openai_names(name: str) -> Tuple[str, ...]:
+    """What a header field of upstream's answer is called for an OpenAI client."""
+    limit = _RATE_LIMITS.fullmatch(name)
+    renamed = [f"x-ratelimit-{limit.group(2)}-{limit.group(1)}"] if limit else []
+    return (*renamed, name) if _TOLD_AS_IT_IS.fullmatch(name) else ()
 
 
 def openai_headers(headers: HeaderList, now: float) -> HeaderList:
     """Return the header fields of upstream's answer that an OpenAI client understands."""
-    kept = [(k, v) for k, v in headers if k in ("retry-after", "retry-after-ms", "x-should-retry")]
-    for name, value in headers:
-        if not name.startswith("anthropic-ratelimit-"):
-            continue
-        limit = _RATE_LIMITS.fullmatch(name)
-        if limit:
-            unit, kind = limit.groups()
-            shown = duration(value, now) if kind == "reset" else value
-            kept.append((f"x-ratelimit-{kind}-{unit}", shown))
-        kept.append((name, value))
-    return kept
+    told = [(name, value) for given, value in headers for name in _openai_names(given)]
+    return [(n, duration(v, now) if n in _RESETS else v) for n, v in told]
+
+
+_RESETS = frozenset({"x-ratelimit-reset-requests", "x-ratelimit-reset-tokens"})
 
 
 def duration(until: str, now: float) -> str:
@@ -7863,7 +7967,6 @@ class App:
         self._health: Tuple[float, JSON] = (-math.inf, {})
         self.draining = False  # the server is about to stop
         self.later: Callable[[Callable[[], None]], None] = lambda work: work()  # what takes time
-        self._threads: List[threading.Thread] = []
 
     def close(self) -> None:
         """Let go of upstream and of the store."""
@@ -7871,8 +7974,6 @@ class App:
             payer.close()
         self.upstream.close()
         self.store.close()
-        for thread in self._threads:
-            thread.join(GET_SECONDS)
 
     # --- before the body
 
@@ -7882,8 +7983,8 @@ class App:
         route = route_of(path)
         if method == "OPTIONS":
             return ""  # tells the methods, and shares nothing across origins
-        deep = asks_deep(target)
-        name = "" if route and route.open and not deep else self.policy.client_keys.name_of(headers)
+        open_ = route is not None and route.open and not asks_deep(target)
+        name = "" if open_ else self.policy.client_keys.name_of(headers)
         if route is None:
             raise NotFoundError(f"{plain(method)} {plain(path)} is not supported by claude_shim")
         if method not in route.methods:
@@ -8012,8 +8113,8 @@ class App:
         self._check_strict(drafts[0])
         asked = yield from self._ask_all(request, drafts)
         billing = [pair for each in asked for pair in each.headers if pair[0] == BILLING_HEADER]
-        head = Response(200, [*self._answer_headers(asked[0], drafts[0]), *billing[:1]])
-        head = head._replace(model=str(drafts[0].request["model"]))
+        headers = [*self._answer_headers(asked[0], drafts[0]), *billing[:1]]
+        head = Response(200, headers, model=str(drafts[0].request["model"]))
         if stream:
             return head._replace(body=Stream(asked[0].source, EventTransform(form.encoder())))
         return self._gathered(request, asked, head, form)
@@ -8350,13 +8451,8 @@ class App:
     def _refresh_models(self, request: Request) -> None:
         """Ask upstream for its models now and then, beside the requests."""
         if self.policy.live_models and self.catalogue.claim():
-            headers = dict(request.headers)
-            conversation = self._fetch_models(headers)
-            thread = threading.Thread(
-                target=driven, args=(conversation, self.upstream), daemon=True
-            )
-            self._threads = [t for t in self._threads if t.is_alive()] + [thread]
-            thread.start()
+            conversation = self._fetch_models(dict(request.headers))
+            self.later(lambda: driven(conversation, self.upstream))
 
     def _fetch_due_models(self, client: Dict[str, str]) -> Conversation[None]:
         if self.policy.live_models and self.catalogue.claim():
@@ -8724,6 +8820,8 @@ def content_coding(head: Head) -> str:
 
     One coding only: each further one would be another factor between what comes and what it makes.
     """
+    if "content-encoding" not in head.fields:
+        return ""
     codings = [coding for coding in head.tokens("content-encoding") if coding != "identity"]
     if len(codings) > 1 or not set(codings) <= _WINDOW_BITS.keys():
         accepted = [("accept-encoding", "gzip, deflate")]
@@ -8892,6 +8990,11 @@ class RequestReader:
         return self._buffer.tell()
 
     @property
+    def held(self) -> int:
+        """How many bytes are kept, of the body too."""
+        return len(self) + self._body.tell()
+
+    @property
     def in_chunks(self) -> bool:
         """Whether the body that is read comes in chunks."""
         return self._chunks is not None and not self._chunks.done
@@ -8935,7 +9038,7 @@ class RequestReader:
     def expect(self, framing: Framing) -> None:
         """Say how the body of the last head ends."""
         self._chunks = ChunkedDecoder() if framing.chunked else None
-        self._wanted, self._body = framing.length or 0, io.BytesIO()
+        self._wanted = framing.length or 0
 
     def body(self) -> Optional[bytes]:
         """Return the whole body; a ProtocolError if it is malformed or too large."""
@@ -8951,7 +9054,8 @@ class RequestReader:
         if not self._chunks.done:
             return None
         self.feed(self._chunks.rest)
-        return self._body.getvalue()
+        body, self._body = self._body.getvalue(), io.BytesIO()
+        return body
 
 
 # --- the relay: one thread carries the bytes of all connections
@@ -9195,8 +9299,9 @@ class Gate(Party):
         """Forget an exchange that is over, or that nobody waits for any longer."""
         self._running.discard(exchange)
         self._large.discard(exchange)
-        self._waiting.pop(exchange, None)
-        self.advance(exchange.relay)
+        if self._waiting:
+            self._waiting.pop(exchange, None)
+            self.advance(exchange.relay)
 
     def advance(self, relay: Relay) -> None:
         """Begin what may begin by now; `relay` asks again when more may."""
@@ -9878,19 +9983,20 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _await_body(self) -> None:
-        self._hold(len(self._reader))
-        left = self._body_deadline - time.monotonic()
-        self._until(min(left, self.server.limits.body_pause_seconds), self._too_slow)
-
-    def _hold(self, size: int) -> None:
-        """Count the bytes of a body that is not whole; OverloadedError if all hold too many."""
-        self.server.held += size - self._held
-        self._held = size
+        """Wait for the rest; OverloadedError if all bodies together are too much to hold."""
+        self._hold(self._reader.held)
         if self.server.held > self.server.limits.max_held:
             raise OverloadedError(
                 "too many large requests are on their way to claude_shim",
                 headers=[("retry-after", "5")],
             )
+        left = self._body_deadline - time.monotonic()
+        self._until(min(left, self.server.limits.body_pause_seconds), self._too_slow)
+
+    def _hold(self, size: int) -> None:
+        """Count the bytes of a body that is not whole."""
+        self.server.held += size - self._held
+        self._held = size
 
     def _too_slow(self) -> None:
         self._refuse(RequestTimeoutError("the request did not come in time"))
@@ -9956,7 +10062,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         headers = self._headers(response)
         if response.status not in (204, 304):
             headers.append(("content-length", str(len(body))))
-        if request.request_id and all(name != "x-request-id" for name, _ in headers):
+        if request.request_id and "x-request-id" not in dict(headers):
             headers.append(("x-request-id", request.request_id))
         top = response_head(response.status, headers, int(time.time()))
         self._write(top if request.method == "HEAD" else top + body)
@@ -10088,8 +10194,8 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
                 socket.socket.shutdown(self.request, socket.SHUT_RDWR)
             with contextlib.suppress(OSError):
                 self.request.close()
+            self._hold(0)
             self.server.connections.pop(self, None)
-            self.server.held -= self._held
             if self.server.draining and not self.server.connections:
                 self.server.emptied.set()
 
@@ -10723,6 +10829,28 @@ def argument_parser(command: str = "serve") -> argparse.ArgumentParser:
     return parser
 
 
+def parsed_words(command: str, words: Sequence[str]) -> argparse.Namespace:
+    """Return what the words after one of COMMANDS say; a wrong one ends this process with code 2.
+
+    Of that no more than the name of an option is repeated: it may be a key.
+    """
+    parser = argument_parser(command)
+    arguments, wrong = parser.parse_known_args(words)
+    if wrong:
+        names = [word.partition("=")[0] for word in wrong]
+        shown = ", ".join(name for name in names if re.fullmatch("--[A-Za-z_-]{1,40}", name))
+        secret = re.search("key|token|secret|sk-", " ".join(wrong), re.IGNORECASE)
+        what = f"no option {shown}" if shown else "a word that is neither an option nor a command"
+        parser.error(f"there is {what}{_NO_KEYS_HERE if secret else ''}")
+    return arguments
+
+
+_NO_KEYS_HERE = (
+    "; keys are not given here, where other users could read them: set ANTHROPIC_API_KEY for "
+    "upstream or CLAUDE_SHIM_API_KEY for clients, or see --api-key-file and --client-key-file"
+)
+
+
 def settings_from(
     arguments: argparse.Namespace, environment: Dict[str, str], file: Dict[str, str]
 ) -> Settings:
@@ -10733,6 +10861,8 @@ def settings_from(
         try:
             if "\0" in text:  # which only a file can hold
                 raise ValueError("a NUL byte has no place here")
+            if text.startswith("sk-"):
+                raise ConfigError(f"{source}: this is a key; put it into a file and name that")
             values[option.field] = option.parse(text)
         except ValueError as error:
             got = "" if option.metavar in ("URL", "HEADER") else f", got {text!r}"  # may be secret
@@ -11102,18 +11232,43 @@ def tls_context(settings: Settings, url: str) -> Optional[ssl.SSLContext]:
     if not url.startswith("https:"):
         return None
     context = ssl.create_default_context()
-    try:
-        if settings.ca_file:
-            context.load_verify_locations(os.path.expanduser(settings.ca_file))
-        if settings.client_cert:
-            context.load_cert_chain(os.path.expanduser(settings.client_cert), password=_no_password)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"--ca-file or --client-cert: {error}") from None
+    if settings.ca_file:
+        _trust(context, ("--ca-file", settings.ca_file))
+    if settings.client_cert:
+        both = ("--client-cert", settings.client_cert)
+        _show(context, both, both)
     return context
+
+
+NamedFile = Tuple[str, str]  # the option that names it, and its path
+
+
+def _trust(context: ssl.SSLContext, authorities: NamedFile) -> None:
+    try:
+        context.load_verify_locations(os.path.expanduser(authorities[1]))
+    except (OSError, ValueError) as error:
+        raise _tls_fault(authorities, "certificate", error) from None
+
+
+def _show(context: ssl.SSLContext, certificate: NamedFile, key: NamedFile) -> None:
+    file, key_file = (os.path.expanduser(path) for _, path in (certificate, key))
+    try:
+        context.load_cert_chain(file, key_file, _no_password)
+    except (OSError, ValueError) as error:  # which does not say of which file
+        _trust(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate)
+        raise _tls_fault(key, "private key", error) from None
 
 
 def _no_password() -> str:
     raise OSError("the key is encrypted")
+
+
+def _tls_fault(file: NamedFile, part: str, error: Exception) -> ConfigError:
+    said = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, ssl.SSLError):  # whose own text is for programmers
+        reason = (error.reason or "").replace("_", " ").lower()
+        said = f"no usable {part}" + (f" ({reason})" if reason else "")
+    return ConfigError(f"{' '.join(file)}: {said}")
 
 
 def upstream_from(settings: Settings) -> Upstream:
@@ -11303,11 +11458,10 @@ def listener_context(settings: Settings) -> Optional[ssl.SSLContext]:
             raise ConfigError("--tls-key needs --tls-cert: without, this would be plain HTTP")
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        key = os.path.expanduser(settings.tls_key or settings.tls_cert)
-        context.load_cert_chain(os.path.expanduser(settings.tls_cert), key, _no_password)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"--tls-cert or --tls-key: {error}") from None
+    certificate = ("--tls-cert", settings.tls_cert)
+    _show(
+        context, certificate, ("--tls-key", settings.tls_key) if settings.tls_key else certificate
+    )
     return context
 
 
@@ -12107,7 +12261,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command; its exit code, or 2 after a wrong setting, told in a sentence."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and words[0] in COMMANDS else "serve"
-    arguments = argument_parser(name).parse_args(words)
+    arguments = parsed_words(name, words)
     given = [word for word in COMMANDS[name].switches if getattr(arguments, word.replace("-", "_"))]
     environment = dict(os.environ)
     no_core_dumps()
