@@ -46,6 +46,7 @@ import hashlib
 import heapq
 import hmac
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -471,8 +472,15 @@ MAX_JSON_DEPTH = 200
 MAX_JSON_VALUES = 500_000
 MAX_JSON_DIGITS = 308  # of a whole number: what a double can hold, as for the others
 
+LONG_STRING = 16 << 10  # a shorter one is not worth the search
+HOLE = "\x7f"  # where a string goes that is not to be looked through
+_CUT = b"-Infinity"  # the same in a text: no JSON, but a constant that the parser asks about
+_PART = 64 << 10  # stays in the processor's cache
+_PLAIN = b"+/-_=:;,.0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
+_NOT_BEFORE_VALUE = bytes(set(range(256)) - set(b"[{,"))
 _WHITE_SPACE = " \t\r\n"
 _HALF = r"[\ud800-\udfff]"  # the parser joined what is a pair
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -483,22 +491,103 @@ def dumps(value: Any) -> bytes:
     return _ENCODER.encode(value).encode("ascii")
 
 
-def loads(body: bytes) -> Any:
-    """Return the value of a JSON text in UTF-8; ValueError says in a sentence what is wrong."""
-    opening = body.count(b"[") + body.count(b"{")
-    if opening > MAX_JSON_DEPTH or opening + body.count(b",") > MAX_JSON_VALUES:
+def dumps_around(value: Any, strings: Sequence[str]) -> Optional[bytes]:
+    """Return the JSON of `value` with `strings`, in turn, for those of its strings that are HOLE.
+
+    Plain ones are copied, not looked through. None if there are more holes than strings.
+    """
+    pieces = dumps(value).split(dumps(HOLE))
+    if len(pieces) != len(strings) + 1:
+        return None
+    text = io.BytesIO()  # each further copy of a large text costs as much as the rest
+    for piece, string in zip(pieces, strings):
+        plain = string.isascii() and _is_plain(_parts(string))
+        quoted = itertools.chain((b'"',), _parts(string), (b'"',))
+        text.write(piece)
+        text.writelines(quoted if plain else (dumps(string),))
+    text.write(pieces[-1])
+    return text.getvalue()
+
+
+def _parts(string: str) -> Iterator[bytes]:
+    return (string[at : at + _PART].encode("ascii") for at in range(0, len(string), _PART))
+
+
+def _is_plain(parts: Iterable[bytes]) -> bool:
+    """Whether a string is base64, or a data: URL of it, which JSON writes as it stands."""
+    return not any(part.translate(None, _PLAIN) for part in parts)
+
+
+def loads(body: bytes, long: int = LONG_STRING) -> Any:
+    """Return the value of a JSON text in UTF-8; ValueError says in a sentence what is wrong.
+
+    Plain strings over `long` bytes go around the parser: that takes a fifth of the time.
+    """
+    pieces, cut = _without_long_strings(body, long) if len(body) > long else ([], [])
+    if cut:
+        with contextlib.suppress(ValueError):  # of which the whole body tells better
+            return _loads_around(pieces, cut)
+    return _loads(body, _DECODER)
+
+
+def _loads(body: bytes, decoder: json.JSONDecoder) -> Any:
+    marks = body.translate(None, _NOT_BEFORE_VALUE)
+    if len(marks) > MAX_JSON_VALUES or len(marks) - marks.count(b",") > MAX_JSON_DEPTH:
         _check_structure(body)
     text = body.decode("utf-8")
     if text.startswith("\ufeff"):
         text = text[1:]
-    value = loads_text(text)
+    value = _parsed(text, decoder)
     return _without_surrogates(value) if _SURROGATE_ESCAPE.search(text) else value
+
+
+def _without_long_strings(body: bytes, long: int) -> Tuple[List[memoryview], List[memoryview]]:
+    """What stands around the long plain strings of a JSON text, and those strings.
+
+    A long string has a byte in every stretch of that length: only there it is looked for.
+    """
+    view, kept, decided = memoryview(body), 0, 0
+    pieces: List[memoryview] = []
+    cut: List[memoryview] = []
+    while (end := body.find(b'"', decided + long)) >= 0:
+        start = body.rfind(b'"', decided, decided + long) + 1
+        parts = (body[at : min(at + _PART, end)] for at in range(start, end, _PART))
+        decided = end
+        if start and end - start > long and _is_plain(parts):
+            pieces.append(view[kept : start - 1])
+            cut.append(view[start:end])
+            kept = decided = end + 1
+    return [*pieces, view[kept:]], cut
+
+
+def _loads_around(pieces: List[memoryview], cut: List[memoryview]) -> Any:
+    """The value of a JSON text out of which strings were cut.
+
+    ValueError for any other, also if what was cut was none of its strings: then the constant in the
+    place of it is within one, and the parser does not ask what that means.
+    """
+    strings = iter(cut)
+
+    def string(name: str) -> str:
+        return str(next(strings), "ascii") if name == _CUT.decode("ascii") else _no_constant(name)
+
+    body = _CUT.join(pieces)
+    if body.count(_CUT) != len(cut):
+        raise ValueError("the constant stood there before")
+    value = _loads(body, _decoder(string))
+    if next(strings, None) is not None:
+        raise ValueError("not a string")
+    return value
 
 
 def loads_text(text: str) -> Any:
     """Return the value of a JSON text; ValueError for what is none, NaN and infinity included."""
-    # As JSONDecoder.decode, but without its regular expressions for white space.
-    value, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip(_WHITE_SPACE)))
+    return _parsed(text, _DECODER)
+
+
+def _parsed(text: str, decoder: json.JSONDecoder) -> Any:
+    """As `decoder.decode`, but without its regular expressions for white space."""
+    value, end = decoder.raw_decode(text, len(text) - len(text.lstrip(_WHITE_SPACE)))
     if text[end:].strip(_WHITE_SPACE):
         raise json.JSONDecodeError("Extra data", text, end)
     return value
@@ -568,7 +657,7 @@ def _outside_strings(body: bytes) -> Iterator[bytes]:
     A regular expression for strings takes quadratic time where one is not closed.
     """
     if b"\\" in body:
-        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+        body = body.replace(b"\\\\", b"''").replace(b'\\"', b"''")  # by as many bytes: in one pass
     inside = 0
     for start in range(0, len(body), 1 << 16):
         pieces = body[start : start + (1 << 16)].split(b'"')
@@ -596,7 +685,7 @@ def _whole_number(text: str) -> int:
 def _without_surrogates(value: Any) -> Any:
     """Half a surrogate pair is no character, and Anthropic refuses it: it becomes U+FFFD."""
     if isinstance(value, str):
-        return re.sub(_HALF, "\ufffd", value)
+        return value if value.isascii() else re.sub(_HALF, "\ufffd", value)
     if isinstance(value, list):
         return [_without_surrogates(item) for item in value]
     if isinstance(value, dict):
@@ -604,10 +693,12 @@ def _without_surrogates(value: Any) -> Any:
     return value
 
 
+def _decoder(constant: Callable[[str], Any]) -> json.JSONDecoder:
+    return json.JSONDecoder(parse_constant=constant, parse_float=_finite, parse_int=_whole_number)
+
+
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # made once: that is slow
-_DECODER = json.JSONDecoder(
-    parse_constant=_no_constant, parse_float=_finite, parse_int=_whole_number
-)
+_DECODER = _decoder(_no_constant)
 
 
 def as_object(value: Any, path: str) -> JSON:
@@ -1177,8 +1268,8 @@ def _base64_start(encoded: str) -> bytes:
 
 def _data_url(url: str, path: str) -> Tuple[str, str]:
     """Media type and base64 text of a data: URL (RFC 2397)."""
-    header, comma, payload = url[5:].partition(",")
-    media_type, *parameters = header.split(";")
+    header, comma, payload = url.partition(",")
+    media_type, *parameters = header[5:].split(";")
     if not comma:
         raise RequestError("not a data: URL: the comma is missing", param=path)
     if "base64" not in (parameter.strip().lower() for parameter in parameters):
@@ -1264,6 +1355,7 @@ def tool_input(arguments: Any) -> JSON:
 
 _SCHEMA_MAPS = frozenset("properties patternProperties $defs definitions dependentSchemas".split())
 _SCHEMA_VALUES = frozenset("const enum default examples required".split())
+_CHANGED_KEYWORDS = frozenset("definitions items $ref exclusiveMinimum exclusiveMaximum".split())
 
 
 def _upgraded_schema(schema: Any) -> Any:
@@ -1272,7 +1364,15 @@ def _upgraded_schema(schema: Any) -> Any:
         return [_upgraded_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    new = {k: _upgraded_member(k, v) for k, v in schema.items() if k != "$schema"}
+    new = {
+        keyword: _upgraded_member(keyword, value) if isinstance(value, (dict, list)) else value
+        for keyword, value in schema.items()
+        if keyword != "$schema"
+    }
+    return new if _CHANGED_KEYWORDS.isdisjoint(new) else _renamed(new)
+
+
+def _renamed(new: JSON) -> JSON:
     if isinstance(new.get("definitions"), dict):
         new["$defs"] = {**new.pop("definitions"), **object_or_empty(new.get("$defs"))}
     if isinstance(new.get("items"), list):
@@ -1463,6 +1563,32 @@ class Draft:
         return limited_cache_marks(request)
 
 
+def request_text(request: JSON, long: int = LONG_STRING) -> bytes:
+    """Return a Messages request as JSON; images over `long` bytes go around the encoder."""
+    if not any(_may_hold_images(b) for m in request["messages"] for b in m["content"]):
+        return dumps(request)
+    images: List[str] = []
+    messages = [_with_holes(message, images, long) for message in request["messages"]]
+    whole = dumps_around({**request, "messages": messages}, images)
+    return dumps(request) if whole is None else whole  # a text of the client is just a hole, too
+
+
+def _may_hold_images(block: JSON) -> bool:
+    return "source" in block or isinstance(block.get("content"), list)
+
+
+def _with_holes(block: JSON, images: List[str], long: int) -> JSON:
+    """A message or block with holes for its images and documents, which are added to `images`."""
+    inner, source = block.get("content"), object_or_empty(block.get("source"))
+    if isinstance(inner, list):
+        holed = [_with_holes(b, images, long) if isinstance(b, dict) else b for b in inner]
+        return {**block, "content": holed}
+    if isinstance(source.get("data"), str) and len(source["data"]) > long:
+        images.append(source["data"])
+        return {**block, "source": {**source, "data": HOLE}}
+    return block
+
+
 # --- the order of a conversation
 
 
@@ -1515,31 +1641,27 @@ def _answered(turns: Turns) -> Turns:
     """Each tool_use with its result in the turn after it; ids that come again get a number."""
     answered: Turns = []
     calls: Dict[str, str] = {}  # id as the client wrote it -> as it goes up
-    seen: Dict[str, None] = {}
+    seen: Dict[str, int] = {}  # ids that went up, with the last number that was added to each
     for role, blocks in turns:
         if role == "assistant":
             answered.append(("user", _results_first([], calls)))
             blocks, calls = _distinct_calls(blocks, seen)
-            seen.update(dict.fromkeys(calls.values()))
         elif role == "user":
             blocks, calls = _results_first(blocks, calls), {}
         answered.append((role, blocks))
     return [*answered, ("user", _results_first([], calls))]
 
 
-def _distinct_calls(blocks: List[JSON], seen: Dict[str, None]) -> Tuple[List[JSON], Dict[str, str]]:
+def _distinct_calls(blocks: List[JSON], seen: Dict[str, int]) -> Tuple[List[JSON], Dict[str, str]]:
     """Drop a second call of the same id; number an id that an earlier turn had."""
     kept: List[JSON] = []
     calls: Dict[str, str] = {}
-    seen = dict(seen)
     for block in blocks:
         if block["type"] == "tool_use":
             if block["id"] in calls:
                 drop_last_thinking(kept)  # which led to it
                 continue
-            new = _unused(block["id"], seen)
-            calls[block["id"]] = new
-            seen[new] = None
+            new = calls[block["id"]] = _unused(block["id"], seen)
             block = {**block, "id": new}
         kept.append(block)
     return kept, calls
@@ -1551,10 +1673,14 @@ def drop_last_thinking(blocks: List[JSON]) -> None:
         blocks.pop()
 
 
-def _unused(id: str, seen: Dict[str, None]) -> str:
-    if id not in seen:
-        return id
-    return next(new for n in itertools.count(1) if (new := f"{id}_{n}") not in seen)
+def _unused(id: str, seen: Dict[str, int]) -> str:
+    """`id`, with a number if it was seen; noted as seen."""
+    new = id
+    while new in seen:
+        seen[id] += 1
+        new = f"{id}_{seen[id]}"
+    seen[new] = 0
+    return new
 
 
 def _results_first(blocks: List[JSON], calls: Dict[str, str]) -> List[JSON]:
@@ -2905,6 +3031,10 @@ class ChatDraft(Draft):
     include_usage = False
     n = 1
 
+    def __init__(self, model: str, recall: Optional[Callable[[str], List[JSON]]]) -> None:
+        super().__init__(model, recall)
+        self.last_calls: Dict[str, str] = {}  # id of the last call, by name
+
 
 # --- content
 
@@ -2927,6 +3057,8 @@ def _assistant_message(draft: ChatDraft, message: JSON, path: str) -> None:
         blocks.extend(marked([_tool_use(draft, as_object(call, where), where)], call))
     if message.get("function_call") is not None:
         blocks.append(_legacy_call(draft, message["function_call"], f"{path}.function_call"))
+    used = [block for block in reversed(blocks) if block["type"] == "tool_use"]
+    draft.last_calls.update((block["name"], block["id"]) for block in used)
     draft.turns.append(("assistant", marked(_with_thinking(draft, blocks, message), message)))
 
 
@@ -3001,10 +3133,8 @@ def _tool_message(draft: ChatDraft, message: JSON, path: str) -> None:
 
 def _function_message(draft: ChatDraft, message: JSON, path: str) -> None:
     name = draft.tool_name(as_text(message.get("name"), f"{path}.name"))
-    blocks = (block for _, turn in reversed(draft.turns) for block in turn)
-    calls = (b["id"] for b in blocks if b["type"] == "tool_use" and b["name"] == name)
-    content = message.get("content")
-    block = tool_result(draft, next(calls, "call_fn"), content, f"{path}.content")
+    id = draft.last_calls.get(name, "call_fn")
+    block = tool_result(draft, id, message.get("content"), f"{path}.content")
     draft.turns.append(("user", [block]))
 
 
@@ -3515,6 +3645,11 @@ class ChatStreamEncoder(EventSink):
 # --- the legacy endpoint, over the same path
 
 COMPLETION_REJECTED = ("suffix", "echo")
+
+
+def chats_from_completion(body: JSON) -> List[JSON]:
+    """Return the chat bodies that a legacy completion request stands for, one for each prompt."""
+    return [chat_from_completion(body, prompt) for prompt in completion_prompts(body)]
 
 
 def chat_from_completion(body: JSON, prompt: str) -> JSON:
@@ -7923,14 +8058,11 @@ class App:
 
     def chat_completions(self, request: Request) -> Conversation[Response]:
         """POST /v1/chat/completions."""
-        body = self._with_deployment(request, loads_object(request.body))
-        return (yield from self._complete(request, body, [body], CHAT_FORM))
+        return (yield from self._complete(request, lambda body: [body], CHAT_FORM))
 
     def completions(self, request: Request) -> Conversation[Response]:
         """POST /v1/completions."""
-        body = self._with_deployment(request, loads_object(request.body))
-        bodies = [chat_from_completion(body, prompt) for prompt in completion_prompts(body)]
-        return (yield from self._complete(request, body, bodies, LEGACY_FORM))
+        return (yield from self._complete(request, chats_from_completion, LEGACY_FORM))
 
     @staticmethod
     def _with_deployment(request: Request, body: JSON) -> JSON:
@@ -7941,12 +8073,10 @@ class App:
         return body
 
     def _complete(
-        self, request: Request, body: JSON, bodies: List[JSON], form: ChatForm
+        self, request: Request, chats: Callable[[JSON], List[JSON]], form: ChatForm
     ) -> Conversation[Response]:
-        id = self._requested_model(request, body)
-        drafts = [messages_request_from_chat(b, id, self.memory.recall) for b in bodies]
+        drafts, stream = self._chat_drafts(request, chats)
         questions = [draft for draft in drafts for _ in range(draft.n)]
-        stream = asks_for_stream(body)
         if stream and len(questions) > 1:
             raise RequestError("one choice only with stream; ask for more without it", param="n")
         if len(questions) > MAX_CHOICES:
@@ -7957,6 +8087,15 @@ class App:
             lambda messages: form.whole(messages, reply),
         )
         return (yield from self._answered(request, questions, stream, made))
+
+    def _chat_drafts(
+        self, request: Request, chats: Callable[[JSON], List[JSON]]
+    ) -> Tuple[List[ChatDraft], bool]:
+        """What is asked, and whether for a stream; nothing keeps the body until the answer."""
+        body = self._with_deployment(request, loads_object(request.body))
+        bodies, id = chats(body), self._requested_model(request, body)
+        drafts = [messages_request_from_chat(b, id, self.memory.recall) for b in bodies]
+        return drafts, asks_for_stream(body)
 
     def _requested_model(self, request: Request, body: JSON) -> str:
         self._refresh_models(request)
@@ -8081,7 +8220,7 @@ class App:
     ) -> Conversation[UpstreamResponse]:
         """Return upstream's answer to a translated request; UpstreamError if it is no stream."""
         headers = translated_headers(betas, "text/event-stream")
-        path, raw = "/v1/messages", dumps(body)
+        path, raw = "/v1/messages", request_text(body)
         call = UpstreamRequest("POST", path, headers, raw, request.watch, handed_on=True)
         response = yield from self._sent(call, request.headers, self.policy.retries)
         if response.status != 200:
@@ -8200,7 +8339,7 @@ class App:
         fitted = adapted(draft.finished(), self.catalogue.model(str(draft.request["model"])))
         counted = {k: v for k, v in fitted.request.items() if k in COUNTED_FIELDS}
         headers = translated_headers(draft.betas, "application/json")
-        path, body = "/v1/messages/count_tokens", dumps(counted)
+        path, body = "/v1/messages/count_tokens", request_text(counted)
         call = UpstreamRequest("POST", path, headers, body, request.watch)
         response = yield from self._sent(call, request.headers)
         answer = object_or_empty(parsed_or_none(read_error_body(response)))
@@ -8829,9 +8968,6 @@ _PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
 _UNSAFE_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
-_MOST_PIECES = 1000  # small ones cost many times their size
-
-
 class RequestReader:
     """Requests out of the bytes of a connection: `feed` them, then take `head` and `body`.
 
@@ -8840,21 +8976,19 @@ class RequestReader:
 
     def __init__(self, limits: ServerLimits) -> None:
         self._limits = limits
-        self._pieces: List[bytes] = []
-        self._size = 0  # of the pieces
-        self._wanted = 0  # bytes of the body that are still to be taken from them
+        self._buffer = io.BytesIO()
+        self._wanted = 0  # bytes of the body that are still to be taken from it
         self._chunks: Optional[ChunkedDecoder] = None
-        self._body: List[bytes] = []  # out of chunks
-        self._body_size = 0
+        self._body = io.BytesIO()  # out of chunks
         self._skipped = False  # RFC 9112 2.2 allows one empty line before a request
 
     def __len__(self) -> int:
-        return self._size
+        return self._buffer.tell()
 
     @property
     def held(self) -> int:
         """How many bytes are kept, of the body too."""
-        return self._size + self._body_size
+        return len(self) + self._body.tell()
 
     @property
     def in_chunks(self) -> bool:
@@ -8863,15 +8997,11 @@ class RequestReader:
 
     def feed(self, burst: bytes) -> None:
         """Take bytes as they come."""
-        self._pieces.append(burst)
-        self._size += len(burst)
-        if len(self._pieces) > _MOST_PIECES:
-            self._pieces = [b"".join(self._pieces)]
+        self._buffer.write(burst)
 
     def _taken(self) -> bytes:
-        buffer = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces, self._size = [], 0
-        return buffer
+        buffer, self._buffer = self._buffer, io.BytesIO()
+        return buffer.getvalue()  # without a copy
 
     def head(self) -> Optional[Head]:
         """Return the next head; a ProtocolError if it is malformed or too large."""
@@ -8909,21 +9039,18 @@ class RequestReader:
     def body(self) -> Optional[bytes]:
         """Return the whole body; a ProtocolError if it is malformed or too large."""
         if self._chunks is None:
-            if self._size < self._wanted:
+            if len(self) < self._wanted:
                 return None
             buffer = self._taken()
             self.feed(buffer[self._wanted :])
             return buffer[: self._wanted]
-        piece = self._chunks.feed(self._taken())
-        self._body.append(piece)
-        self._body_size += len(piece)
-        if self._body_size > self._limits.max_body:
+        self._body.write(self._chunks.feed(self._taken()))
+        if self._body.tell() > self._limits.max_body:
             raise too_large(self._limits.max_body)
         if not self._chunks.done:
-            self._body = [b"".join(self._body)] if len(self._body) > _MOST_PIECES else self._body
             return None
         self.feed(self._chunks.rest)
-        body, self._body, self._body_size = b"".join(self._body), [], 0
+        body, self._body = self._body.getvalue(), io.BytesIO()
         return body
 
 
