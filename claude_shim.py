@@ -1101,7 +1101,7 @@ class ChunkedDecoder:
         """Return the body bytes that `burst` completes; ProtocolError on malformed chunks."""
         buffer, position = self._pending + burst, 0
         pieces: List[bytes] = []
-        while not self._in_trailer:
+        while not self._in_trailer and position < len(buffer):
             if self._left == 0:
                 line = _CHUNK_SIZE.match(buffer, position)
                 if line is None:
@@ -2822,6 +2822,7 @@ class EventTransform:
 
     def _feed_events(self, events: bytes, made: List[bytes]) -> None:
         blocks, position, sink = events.split(b"\n\n"), 0, self._sink
+        del blocks[-1]  # the nothing behind the last empty line
         while position < len(blocks) and not sink.complete:
             run = TextRun.at(blocks, position) if sink.takes_text else _NO_RUN
             if run.texts:
@@ -9082,6 +9083,7 @@ class Relay:
     def __init__(self, on_fault: Callable[[Exception, str], None]) -> None:
         self._on_fault = on_fault
         self._selector = selectors.DefaultSelector()
+        self._keys = self._selector.get_map()  # as they are at any time
         self._watched: Set[socket.socket] = set()
         self._calls: Deque[Tuple[Party, Callable[[], None]]] = deque()
         self._due: List[Tuple[float, int, Party]] = []  # a heap
@@ -9147,18 +9149,19 @@ class Relay:
             heapq.heappush(self._due, (when, next(self._numbers), party))
 
     def _run(self) -> None:
+        nobody = Party()
         while not self._ended:
-            self._guarded(Party(), self._turn)
-        for key in list(self._selector.get_map().values()):
+            self._guarded(nobody, self._turn)
+        for key in list(self._keys.values()):
             if key.data is not None:
                 self._guarded(key.data, key.data.abort)
 
     def _turn(self) -> None:
-        ready, watched = self._selector.select(self._patience()), self._selector.get_map()
+        ready = self._selector.select(self._patience())
         for key, _ in ready:
             if key.data is None:
                 self._wakened.recv(1 << 12)
-            elif len(ready) == 1 or watched.get(key.fd) == key:  # else what came before ended it
+            elif len(ready) == 1 or self._keys.get(key.fd) == key:  # else one before ended it
                 self._guarded(key.data, key.data.on_ready)
         for _ in range(len(self._calls)):
             self._guarded(*self._calls.popleft())
@@ -10114,7 +10117,8 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
             self._out[0] = self._out[0][sent:]
             if not self._out[0]:
                 self._out.popleft()
-        self._listen()
+        if bool(self._out) != bool(self._events & selectors.EVENT_WRITE):
+            self._listen()
         if self._ending and not self._out:
             self._linger()
 
