@@ -1171,6 +1171,8 @@ class EventDecoder:
         """Return the bytes of the whole events, up to and with the last empty line."""
         if self._after_cr or b"\r" in burst:
             burst = self._with_lf(burst)
+        if not (self._size or self._at_start) and burst.endswith(b"\n\n"):
+            return burst
         self._pieces.append(burst)
         self._size += len(burst)
         if b"\n" not in burst:
