@@ -82,6 +82,7 @@ from typing import (
     List,
     Match,
     NamedTuple,
+    NoReturn,
     Optional,
     Pattern,
     Sequence,
@@ -5820,7 +5821,7 @@ def ready_of(
         poll.register(sock, select.POLLIN)
     for sock in writers:
         poll.register(sock, select.POLLOUT)
-    milliseconds = min(max(0, math.ceil(timeout * 1000)), 1 << 30)
+    milliseconds = max(0, math.ceil(min(timeout, 1e6) * 1000))
     ready = {descriptor for descriptor, _ in poll.poll(milliseconds)}
     return [sock for sock in (*readers, *writers) if sock.fileno() in ready]
 
@@ -7122,15 +7123,24 @@ class ResponseStore:
     LIMITS = {"memory": (64 << 20, 24)}  # bytes and hours
     FILE_LIMITS = (1 << 30, 30 * 24)
     LOCK_SECONDS = 0.5  # for another process to finish its transaction
+    patience = 0.0  # seconds for another process to write what is asked for
 
     def __init__(self, place: str = "memory", clock: Callable[[], float] = time.time) -> None:
         self.place = place
+        self._path = ":memory:" if place in ("memory", "off") else os.path.expanduser(place)
         self.max_bytes, self._hours = self.LIMITS.get(place, self.FILE_LIMITS)
         self._clock = clock
         self._lock = threading.Lock()
         self._connection: Optional[sqlite3.Connection] = None
         self._unsaved: Deque[Tuple[str, Sequence[JSON], JSON]] = deque()
         self._uncounted = self._room = 0  # bytes since all were counted, and until they are again
+
+    def share(self, path: str) -> None:
+        """Serve several processes, with a file at `path` for what would be in memory."""
+        self._path = path if self.place == "memory" else self._path
+        self.patience = self.LOCK_SECONDS
+        self.check()
+        self.close()  # a connection must not be taken along to another process
 
     def put(self, owner: str, items: Sequence[JSON], response: JSON) -> None:
         """Keep a response, with the items of its own request; `save` writes it, or what reads."""
@@ -7187,9 +7197,7 @@ class ResponseStore:
 
     def item(self, owner: str, id: str) -> Optional[JSON]:
         """Return an item of an earlier response."""
-        query = "SELECT response FROM items WHERE owner = ? AND id = ?"
-        with self._database() as database:
-            found = database.execute(query, (owner, id)).fetchone()
+        found = self._found("SELECT response FROM items WHERE owner = ? AND id = ?", owner, id)
         output = (self.response(owner, found[0]) or {"output": []})["output"] if found else []
         return next((item for item in output if item["id"] == id), None)
 
@@ -7210,13 +7218,22 @@ class ResponseStore:
 
     def _row(self, owner: str, id: str) -> Optional[Tuple[str, str, str]]:
         """The previous response, the input and the response itself."""
-        key = (owner, id)
         with self._database() as database:
             update = "UPDATE responses SET used = ? WHERE owner = ? AND id = ?"
-            database.execute(update, (self._clock(), *key))
-            query = "SELECT previous, input, response FROM responses WHERE owner = ? AND id = ?"
-            row: Optional[Tuple[str, str, str]] = database.execute(query, key).fetchone()
-            return row
+            database.execute(update, (self._clock(), owner, id))
+        query = "SELECT previous, input, response FROM responses WHERE owner = ? AND id = ?"
+        row: Optional[Tuple[str, str, str]] = self._found(query, owner, id)
+        return row
+
+    def _found(self, query: str, owner: str, id: str) -> Any:
+        """The row of a query; a client may name an answer before its process has written it."""
+        end = time.monotonic() + self.patience
+        while True:
+            with self._database() as database:
+                row = database.execute(query, (owner, id)).fetchone()
+            if row or time.monotonic() >= end:
+                return row
+            time.sleep(0.01)
 
     def check(self) -> None:
         """Open the database; StoreFault if that cannot be done."""
@@ -7233,21 +7250,16 @@ class ResponseStore:
         with self._lock:
             try:
                 if self._connection is None:
-                    path = ":memory:" if self.place in ("memory", "off") else self._file()
+                    if self._path != ":memory:":  # only its owner may read it
+                        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
                     wait = self.LOCK_SECONDS
-                    database = sqlite3.connect(path, timeout=wait, check_same_thread=False)
+                    database = sqlite3.connect(self._path, timeout=wait, check_same_thread=False)
                     self._connection = _with_tables(database)
                 with self._connection:
                     self._save(self._connection)
                     yield self._connection
             except (sqlite3.Error, OSError) as error:
                 raise StoreFault(f"the store of responses ({self.place}): {error}") from None
-
-    def _file(self) -> str:
-        """The path of the file, which only its owner may read."""
-        path = os.path.expanduser(self.place)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        return path
 
     def _forget(self, database: sqlite3.Connection, added: int) -> None:
         oldest = (self._clock() - self._hours * 3600,)
@@ -7733,6 +7745,11 @@ class App:
         self.draining = False  # the server is about to stop
         self.later: Callable[[Callable[[], None]], None] = lambda work: work()  # what takes time
         self._threads: List[threading.Thread] = []
+
+    def start(self) -> None:
+        """Have credentials renewed before they end, from now on."""
+        for payer in self.payers():
+            payer.start()
 
     def close(self) -> None:
         """Let go of upstream and of the store."""
@@ -8471,6 +8488,23 @@ class ServerLimits(NamedTuple):
     wait_seconds: float = 60.0  # that long
     requests_per_second: float = 0.0  # none: as many as come
     drain_seconds: float = 30.0  # for running answers, when the server stops
+
+    def part(self, number: int, count: int) -> ServerLimits:
+        """Return the limits of one of `count` processes that serve together, by its number from 0.
+
+        Together they take as much as one; but connections count in each, as descriptors do.
+        """
+
+        def share(limit: int) -> int:
+            return limit * (number + 1) // count - limit * number // count
+
+        return self._replace(
+            max_held=share(self.max_held),
+            max_concurrent=max(1, share(self.max_concurrent)),
+            max_large=max(1, share(self.max_large)),
+            max_waiting=share(self.max_waiting),
+            requests_per_second=self.requests_per_second / count,
+        )
 
 
 class Head(NamedTuple):
@@ -10013,13 +10047,14 @@ class Server(http.server.ThreadingHTTPServer):
     ) -> None:
         self.app, self.limits = app, limits
         self.allowed_hosts = frozenset(name.lower() for name in (*allowed_hosts, host))
+        self.part = (0, 1)  # which of how many processes that serve together
         self.draining = False
         self.connections: Dict[ClientConnection, None] = {}  # the relay's, as is what they hold:
         self.held = 0
         self._stopping = threading.Event()
         self.emptied = threading.Event()  # no connection is left, and none will come
         self._thread: Optional[threading.Thread] = None
-        self._id_prefix, self._id_numbers = f"shim_{secrets.token_hex(8)}", itertools.count(1)
+        self._id_prefix, self._id_numbers = new_id_prefix(), itertools.count(1)
         self.gate = Gate(limits)
         self.workers = Workers(limits.max_workers)
         app.later = self.workers.submit
@@ -10066,6 +10101,21 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = str(address), 0
         if self.socket.family in _NETWORK:
             self.server_name, self.server_port = address[:2]
+
+    def take_part(self, number: int, count: int) -> None:
+        """Be one of `count` servers on one socket, in a process that was forked before any served.
+
+        All wait for connections, and all but the fastest find nothing: so the one that is the
+        least busy gets them, more or less. EPOLLEXCLUSIVE would wake one that is busy as well; and
+        sockets of their own (SO_REUSEPORT) have queues, which are lost with whoever dies.
+        """
+        self.part = (number, count)
+        self.limits = self.gate.limits = self.limits.part(number, count)
+        self._id_prefix = new_id_prefix()
+        self._host = "fd"  # the socket is another's, as is the path of a Unix socket
+        self.socket.setblocking(False)
+        self.relay.stop()  # its selector is shared with the other process
+        self.relay = Relay(self.log_fault)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until `stop`."""
@@ -10165,6 +10215,11 @@ class Server(http.server.ThreadingHTTPServer):
         return self.start()
 
 
+def new_id_prefix() -> str:
+    """Return what the ids of requests begin with in one process."""
+    return f"shim_{secrets.token_hex(8)}"
+
+
 _CUT_SECONDS = 2.0
 _NETWORK = (socket.AF_INET, socket.AF_INET6)
 
@@ -10245,6 +10300,7 @@ class Settings(NamedTuple):
     max_waiting: int
     requests_per_second: float
     drain_seconds: float
+    workers: int
     quiet: bool
 
 
@@ -10536,6 +10592,7 @@ OPTIONS: Tuple[Option, ...] = (
     Option("max-waiting", _count, "1024", "requests that may wait; others are refused", "N"),
     Option("requests-per-second", _rate, "0", "requests begun in a second; 0 is no limit", "N"),
     Option("drain-seconds", _seconds, "30", "seconds that a stop gives running answers", "S"),
+    Option("workers", _some, "1", "processes that serve, for several processor cores", "N"),
     Option("quiet", _flag, "no", "no line per request on standard error"),
 )
 
@@ -11099,7 +11156,12 @@ def policy_from(settings: Settings, keys: ClientKeys, fallback: Optional[Credent
 
 
 def limits_from(settings: Settings) -> ServerLimits:
-    """Return what the settings say about load."""
+    """Return what the settings say about load; ConfigError if that is too little for all."""
+    if settings.workers > 1 and not hasattr(os, "fork"):
+        raise ConfigError("--workers: this system cannot fork, so only one process can serve")
+    if settings.workers > settings.max_concurrent:
+        at_most = f"--max-concurrent {settings.max_concurrent}"
+        raise ConfigError(f"--workers {settings.workers}: none would be left for some, {at_most}")
     return ServerLimits(
         max_body=settings.max_body,
         max_connections=max(16, descriptor_limit() // 2 - 32),  # one more each goes upstream
@@ -11129,15 +11191,14 @@ def server_from(
     app = App(upstream_from(settings), credential, policy_from(settings, keys, fallback), log)
     app.sealing_key_file = sealing_key_path(config or config_path(environment))
     if settings.responses_store not in ("off", "memory"):
-        _check_store(app.store)
+        with store_for_use():
+            app.store.check()
     limits, host = limits_from(settings), listening_host(settings, environment)
     try:
         server = Server(app, host, settings.port, limits=limits, allowed_hosts=settings.allow_host)
     except (OSError, OverflowError) as error:
         raise ConfigError(_cannot_listen(settings, error)) from None
     server.tls = context
-    for payer in app.payers():
-        payer.start()
     return server
 
 
@@ -11147,18 +11208,17 @@ def reconfigure(server: Server, settings: Settings, environment: Dict[str, str])
     ConfigError, and nothing changes, when a setting is wrong.
     """
     keys = client_keys_from(settings, environment)
+    limits = limits_from(settings).part(*server.part)
     app, former = server.app, server.app.payers()
     for payer in former:
         payer.settle()
     app.log.learn(secrets_of(settings, keys))
     credential, fallback = payers_from(settings, environment, app.log)
     app.credential, app.policy = credential, policy_from(settings, keys, fallback)
-    server.limits = server.gate.limits = limits_from(settings)
+    server.limits = server.gate.limits = limits
     server.relay.call(server.gate, functools.partial(server.gate.advance, server.relay))
     for payer in former:
         payer.close()
-    for payer in app.payers():
-        payer.start()
 
 
 def listening_host(settings: Settings, environment: Dict[str, str]) -> str:
@@ -11200,9 +11260,11 @@ def descriptor_limit() -> int:
     return wanted if soft == resource.RLIM_INFINITY else soft
 
 
-def _check_store(store: ResponseStore) -> None:
+@contextlib.contextmanager
+def store_for_use() -> Iterator[None]:
+    """Turn what is wrong with a store of responses into a ConfigError."""
     try:
-        store.check()
+        yield
     except StoreFault as error:
         raise ConfigError(f"--responses-store: {error.message}") from None
 
@@ -11270,16 +11332,223 @@ class Interrupts:
         raise KeyboardInterrupt
 
 
-def serve(server: Server, reload: Callable[[], None]) -> None:
+def serve(server: Server, reload: Callable[[], bool]) -> None:
     """Serve until SIGINT or SIGTERM, then let answers end; a second one ends at once."""
     interrupts = Interrupts()
     signal.signal(signal.SIGINT, interrupts)
     signal.signal(signal.SIGTERM, interrupts)
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda number, frame: threading.Thread(target=reload).start())
+        again = functools.partial(follow, server, reload)
+        signal.signal(signal.SIGHUP, lambda number, frame: threading.Thread(target=again).start())
+    serve_until_interrupted(server)
+
+
+def serve_until_interrupted(server: Server) -> None:
+    """Serve until a signal raises KeyboardInterrupt, then let answers end."""
     with contextlib.suppress(KeyboardInterrupt):
+        server.app.start()
         server.serve_forever(poll_interval=0.2)
     server.stop()
+
+
+def follow(server: Server, reload: Callable[[], bool]) -> None:
+    """Have a server that runs follow the settings as they are now."""
+    if reload():
+        server.app.start()
+        server.app.log.write("note: the configuration was read again")
+
+
+# --- several processes
+
+
+class Child(NamedTuple):
+    """A process that serves, as its parent sees it."""
+
+    pid: int
+    line: socket.socket  # to it: a byte to read the settings again; its end is the other's end
+    began: float
+
+
+class Supervisor:
+    """The parent of `count` processes that serve on one socket; it only looks after them.
+
+    It has no thread, since a fork takes none along. What a child is told comes over its line, not
+    by a signal, which a terminal or systemd may send to parent and children alike.
+    """
+
+    STEADY_SECONDS = 2.0  # who lives longer has not failed to start
+    MAX_FAILURES = 6  # in a row, while no child is steady
+    MAX_PAUSE = 10.0  # seconds before the next start
+
+    def __init__(self, server: Server, count: int, reload: Callable[[], bool]) -> None:
+        import tempfile
+
+        self._server, self._count, self._reload = server, count, reload
+        self._log = server.app.log
+        self._pid = os.getpid()
+        self._folder = tempfile.TemporaryDirectory(prefix="claude-shim-")
+        self._children: Dict[int, Child] = {}
+        self._due = dict.fromkeys(range(count), 0.0)  # when a child is to be started, by number
+        self._failures = 0
+        self._signalled, self._signals = socket.socketpair()
+        self._end = math.inf  # when those are killed that still drain
+        self._code = 0
+        self._on_signal = {
+            signal.SIGINT: self._stop,
+            signal.SIGTERM: self._stop,
+            signal.SIGHUP: self._tell_to_read,
+        }
+        prepare_to_share(server.app, self._folder.name)
+
+    def run(self) -> int:
+        """Serve until SIGINT or SIGTERM, then let answers end; returns the exit code."""
+        self._signals.setblocking(False)
+        signal.set_wakeup_fd(self._signals.fileno())
+        for number in self._on_signal:
+            signal.signal(number, _nothing)
+        while self._children or self._due:
+            self._look_after()
+        self._folder.cleanup()
+        return self._code
+
+    def _look_after(self) -> None:
+        now = time.monotonic()
+        for number in list(self._due):
+            if self._due.get(number, math.inf) <= now:
+                self._start(number)
+        if now >= self._end:
+            self._kill()
+        lines = {child.line: number for number, child in self._children.items()}
+        next_due = min([self._end, *self._due.values()])
+        for sock in readable([self._signalled, *lines], next_due - now):
+            if sock in lines:
+                self._bury(lines[sock])
+            else:
+                for byte in sock.recv(64):
+                    self._on_signal[signal.Signals(byte)]()
+
+    # --- the beginning of a child
+
+    def _start(self, number: int) -> None:
+        del self._due[number]
+        ours, theirs = socket.socketpair()
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._on_signal)  # until it has its own handlers
+        try:
+            pid = os.fork()
+            if not pid:
+                ours.close()
+                self._be_a_child(number, theirs)
+        except OSError as error:
+            ours.close()
+            self._failed(number, f"could not be started ({error.strerror})")
+        else:
+            self._children[number] = Child(pid, ours, time.monotonic())
+        finally:
+            theirs.close()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._on_signal)
+
+    def _be_a_child(self, number: int, line: socket.socket) -> NoReturn:
+        code = 0
+        try:
+            self._leave_home()
+            self._server.take_part(number, self._count)
+            threading.Thread(target=self._listen, args=(line,), daemon=True).start()
+            serve_until_interrupted(self._server)
+        except KeyboardInterrupt:
+            pass  # before it served
+        except Exception as error:
+            code = 1
+            self._server.log_fault(error, "worker")
+        finally:
+            if os.getppid() != self._pid:  # nobody else is left to do it
+                self._folder.cleanup()
+            os._exit(code)
+
+    def _leave_home(self) -> None:
+        """Let go of what is the parent's; above all of the lines to other children."""
+        signal.set_wakeup_fd(-1)
+        for sock in (self._signals, self._signalled, *(c.line for c in self._children.values())):
+            sock.close()
+        for number in self._on_signal:
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, interrupt_once)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._on_signal)
+
+    def _listen(self, line: socket.socket) -> None:
+        """What a child does beside serving: hear its parent, to its end."""
+        try:
+            while line.recv(1):
+                follow(self._server, self._reload)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # --- its end
+
+    def _bury(self, number: int) -> None:
+        child = self._children.pop(number)
+        child.line.close()
+        code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+        if self._end < math.inf:
+            self._code = self._code or int(code != 0)
+            return
+        if time.monotonic() - child.began >= self.STEADY_SECONDS:
+            self._failures = 0
+        self._failed(number, f"ended by {f'signal {-code}' if code < 0 else f'code {code}'}")
+
+    def _failed(self, number: int, how: str) -> None:
+        """Start another one in a while; or give up, when none comes to work."""
+        now = time.monotonic()
+        self._log.write(f"note: worker {number + 1} of {self._count} {how}")
+        self._failures += 1
+        steady = any(now - c.began >= self.STEADY_SECONDS for c in self._children.values())
+        if self._failures >= self.MAX_FAILURES and not steady:
+            self._log.write("error: workers end as soon as they start, so this is the end")
+            self._code = 1
+            self._stop()
+        else:
+            self._due[number] = now + min(0.1 * 2**self._failures, self.MAX_PAUSE)
+
+    # --- signals
+
+    def _tell_to_read(self) -> None:
+        if self._reload():
+            for child in self._children.values():
+                with contextlib.suppress(OSError):  # it has just ended
+                    child.line.send(b"r")
+
+    def _stop(self) -> None:
+        if self._end < math.inf:  # asked a second time
+            self._kill()
+            self._code = 130
+            return
+        self._due.clear()
+        self._end = time.monotonic() + self._server.limits.drain_seconds + _LAST_SECONDS
+        self._server.stop()
+        for child in self._children.values():
+            with contextlib.suppress(OSError):
+                child.line.shutdown(socket.SHUT_WR)
+
+    def _kill(self) -> None:
+        for child in self._children.values():
+            os.kill(child.pid, signal.SIGKILL)
+        self._end = sys.float_info.max  # not twice
+
+
+_LAST_SECONDS = 10.0  # for children to cut what did not end in time
+
+
+def prepare_to_share(app: App, folder: str) -> None:
+    """Have processes that are forked now know the same; ConfigError if they cannot."""
+    app.sealing_key()
+    if app.store.place != "off":
+        with store_for_use():
+            app.store.share(os.path.join(folder, "responses.sqlite3"))
+
+
+def interrupt_once(number: int, frame: Any) -> None:
+    """Raise KeyboardInterrupt at the first signal of a kind; others say nothing new."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 # --- the commands: each returns its exit code
@@ -11356,15 +11625,19 @@ def run_server(call: Call) -> int:
         return 0
     server = server_from(settings, environment, sys.stderr, call.config)
 
-    def reload() -> None:
+    def reload() -> bool:
+        """Whether the settings are right, and so in use from now on."""
         try:
             now = call.settings_now() if call.settings_now else settings
             reconfigure(server, now, environment)
-            server.app.log.write("note: the configuration was read again")
         except ConfigError as error:
             server.app.log.write(f"note: the configuration stays as it was: {error}")
+            return False
+        return True
 
     call.terminal.say(welcome(server))
+    if settings.workers > 1:
+        return Supervisor(server, settings.workers, reload).run()
     serve(server, reload)
     return 0
 
