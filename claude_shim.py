@@ -9996,10 +9996,8 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
                 socket.socket.shutdown(self.request, socket.SHUT_RDWR)
             with contextlib.suppress(OSError):
                 self.request.close()
-            self.server.connections.pop(self, None)
             self.server.held -= self._held
-            if self.server.draining and not self.server.connections:
-                self.server.emptied.set()
+            self.server.forget(self)
 
     @property
     def idle(self) -> bool:
@@ -10048,6 +10046,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.app, self.limits = app, limits
         self.allowed_hosts = frozenset(name.lower() for name in (*allowed_hosts, host))
         self.part = (0, 1)  # which of how many processes that serve together
+        self._crowd: Union[List[int], memoryview] = [0]  # open connections of each of them
+        self._accepted = self._closed = 0
         self.draining = False
         self.connections: Dict[ClientConnection, None] = {}  # the relay's, as is what they hold:
         self.held = 0
@@ -10102,20 +10102,32 @@ class Server(http.server.ThreadingHTTPServer):
         if self.socket.family in _NETWORK:
             self.server_name, self.server_port = address[:2]
 
-    def take_part(self, number: int, count: int) -> None:
-        """Be one of `count` servers on one socket, in a process that was forked before any served.
+    def take_part(self, number: int, crowd: memoryview) -> None:
+        """Be one of several servers on one socket, in a process that was forked before any served.
 
-        All wait for connections, and all but the fastest find nothing: so the one that is the
-        least busy gets them, more or less. EPOLLEXCLUSIVE would wake one that is busy as well; and
-        sockets of their own (SO_REUSEPORT) have queues, which are lost with whoever dies.
+        `crowd` is memory that all see. All wake up for a connection, and one of those that have the
+        fewest takes it: left to chance (EPOLLEXCLUSIVE), the first would take all of a burst.
+        Sockets of their own (SO_REUSEPORT) have queues, which are lost with whoever dies.
         """
-        self.part = (number, count)
-        self.limits = self.gate.limits = self.limits.part(number, count)
+        self.part, self._crowd = (number, len(crowd)), crowd
+        self._count()
+        self.limits = self.gate.limits = self.limits.part(*self.part)
         self._id_prefix = new_id_prefix()
         self._host = "fd"  # the socket is another's, as is the path of a Unix socket
         self.socket.setblocking(False)
         self.relay.stop()  # its selector is shared with the other process
         self.relay = Relay(self.log_fault)
+
+    def _count(self) -> None:
+        self._crowd[self.part[0]] = self._accepted - self._closed
+
+    def forget(self, connection: ClientConnection) -> None:
+        """Count a connection no more."""
+        self.connections.pop(connection, None)
+        self._closed += 1
+        self._count()
+        if self.draining and not self.connections:
+            self.emptied.set()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until `stop`."""
@@ -10127,7 +10139,12 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             if len(self.connections) >= self.limits.max_connections:
                 raise OSError(errno.EMFILE, "too many connections")
-            return super().get_request()
+            if self._crowd[self.part[0]] > min(self._crowd):  # its server is awake, too, or busy
+                self._stopping.wait(_COURTESY_SECONDS)
+            accepted = super().get_request()
+            self._accepted += 1
+            self._count()
+            return accepted
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self.app.log.once("note: connections wait, as too many are open already")
@@ -10142,8 +10159,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a connection, without a thread of its own: the relay carries it."""
-        with contextlib.suppress(OSError):  # it was reset already
+        try:
             self.finish_request(request, client_address)
+        except OSError:  # it was reset already
+            self._accepted -= 1
 
     def new_request_id(self) -> str:
         """Return an id that no other request has; random bytes are drawn once, as they are slow."""
@@ -10221,6 +10240,7 @@ def new_id_prefix() -> str:
 
 
 _CUT_SECONDS = 2.0
+_COURTESY_SECONDS = 0.001
 _NETWORK = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -11381,9 +11401,11 @@ class Supervisor:
     MAX_PAUSE = 10.0  # seconds before the next start
 
     def __init__(self, server: Server, count: int, reload: Callable[[], bool]) -> None:
+        import mmap
         import tempfile
 
-        self._server, self._count, self._reload = server, count, reload
+        self._server, self._reload = server, reload
+        self._crowd = memoryview(mmap.mmap(-1, 4 * count)).cast("I")
         self._log = server.app.log
         self._pid = os.getpid()
         self._folder = tempfile.TemporaryDirectory(prefix="claude-shim-")
@@ -11451,7 +11473,7 @@ class Supervisor:
         code = 0
         try:
             self._leave_home()
-            self._server.take_part(number, self._count)
+            self._server.take_part(number, self._crowd)
             threading.Thread(target=self._listen, args=(line,), daemon=True).start()
             serve_until_interrupted(self._server)
         except KeyboardInterrupt:
@@ -11498,7 +11520,7 @@ class Supervisor:
     def _failed(self, number: int, how: str) -> None:
         """Start another one in a while; or give up, when none comes to work."""
         now = time.monotonic()
-        self._log.write(f"note: worker {number + 1} of {self._count} {how}")
+        self._log.write(f"note: worker {number + 1} of {len(self._crowd)} {how}")
         self._failures += 1
         steady = any(now - c.began >= self.STEADY_SECONDS for c in self._children.values())
         if self._failures >= self.MAX_FAILURES and not steady:
