@@ -7250,16 +7250,20 @@ class ResponseStore:
         with self._lock:
             try:
                 if self._connection is None:
-                    if self._path != ":memory:":  # only its owner may read it
-                        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-                    wait = self.LOCK_SECONDS
-                    database = sqlite3.connect(self._path, timeout=wait, check_same_thread=False)
+                    path, wait = self._file(), self.LOCK_SECONDS
+                    database = sqlite3.connect(path, timeout=wait, check_same_thread=False)
                     self._connection = _with_tables(database)
                 with self._connection:
                     self._save(self._connection)
                     yield self._connection
             except (sqlite3.Error, OSError) as error:
                 raise StoreFault(f"the store of responses ({self.place}): {error}") from None
+
+    def _file(self) -> str:
+        """The path of the database, which only its owner may read."""
+        if self._path != ":memory:":
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+        return self._path
 
     def _forget(self, database: sqlite3.Connection, added: int) -> None:
         oldest = (self._clock() - self._hours * 3600,)
@@ -8499,7 +8503,7 @@ class ServerLimits(NamedTuple):
             return limit * (number + 1) // count - limit * number // count
 
         return self._replace(
-            max_held=share(self.max_held),
+            max_held=max(self.max_body, share(self.max_held)),
             max_concurrent=max(1, share(self.max_concurrent)),
             max_large=max(1, share(self.max_large)),
             max_waiting=share(self.max_waiting),
@@ -11180,8 +11184,8 @@ def limits_from(settings: Settings) -> ServerLimits:
     if settings.workers > 1 and not hasattr(os, "fork"):
         raise ConfigError("--workers: this system cannot fork, so only one process can serve")
     if settings.workers > settings.max_concurrent:
-        at_most = f"--max-concurrent {settings.max_concurrent}"
-        raise ConfigError(f"--workers {settings.workers}: none would be left for some, {at_most}")
+        most = f"--max-concurrent is {settings.max_concurrent}"
+        raise ConfigError(f"--workers {settings.workers}: none would be left for some, {most}")
     return ServerLimits(
         max_body=settings.max_body,
         max_connections=max(16, descriptor_limit() // 2 - 32),  # one more each goes upstream
