@@ -11389,8 +11389,11 @@ class Child(NamedTuple):
     """A process that serves, as its parent sees it."""
 
     pid: int
-    line: socket.socket  # to it: a byte to read the settings again; its end is the other's end
+    line: socket.socket  # to it, for the words below; its end is the end of the other side
     began: float
+
+
+_READ_AGAIN, _END = b"r", b"e"
 
 
 class Supervisor:
@@ -11411,7 +11414,7 @@ class Supervisor:
         self._server, self._reload = server, reload
         self._crowd = memoryview(mmap.mmap(-1, 4 * count)).cast("I")
         self._log = server.app.log
-        self._pid = os.getpid()
+        self._orphaned = False  # of a child
         self._folder = tempfile.TemporaryDirectory(prefix="claude-shim-")
         self._children: Dict[int, Child] = {}
         self._due = dict.fromkeys(range(count), 0.0)  # when a child is to be started, by number
@@ -11432,9 +11435,10 @@ class Supervisor:
         signal.set_wakeup_fd(self._signals.fileno())
         for number in self._on_signal:
             signal.signal(number, _nothing)
-        while self._children or self._due:
-            self._look_after()
-        self._folder.cleanup()
+        with self._folder, self._signals, self._signalled:
+            while self._children or self._due:
+                self._look_after()
+            signal.set_wakeup_fd(-1)
         return self._code
 
     def _look_after(self) -> None:
@@ -11486,7 +11490,7 @@ class Supervisor:
             code = 1
             self._server.log_fault(error, "worker")
         finally:
-            if os.getppid() != self._pid:  # nobody else is left to do it
+            if self._orphaned:  # nobody else is left to do it
                 self._folder.cleanup()
             os._exit(code)
 
@@ -11502,10 +11506,13 @@ class Supervisor:
 
     def _listen(self, line: socket.socket) -> None:
         """What a child does beside serving: hear its parent, to its end."""
+        word = line.recv(1)
         try:
-            while line.recv(1):
+            while word == _READ_AGAIN:
                 follow(self._server, self._reload)
+                word = line.recv(1)
         finally:
+            self._orphaned = not word
             os.kill(os.getpid(), signal.SIGTERM)
 
     # --- its end
@@ -11538,9 +11545,12 @@ class Supervisor:
 
     def _tell_to_read(self) -> None:
         if self._reload():
-            for child in self._children.values():
-                with contextlib.suppress(OSError):  # it has just ended
-                    child.line.send(b"r")
+            self._tell(_READ_AGAIN)
+
+    def _tell(self, word: bytes) -> None:
+        for child in self._children.values():
+            with contextlib.suppress(OSError):  # it has just ended
+                child.line.send(word)
 
     def _stop(self) -> None:
         if self._end < math.inf:  # asked a second time
@@ -11550,9 +11560,7 @@ class Supervisor:
         self._due.clear()
         self._end = time.monotonic() + self._server.limits.drain_seconds + _LAST_SECONDS
         self._server.stop()
-        for child in self._children.values():
-            with contextlib.suppress(OSError):
-                child.line.shutdown(socket.SHUT_WR)
+        self._tell(_END)
 
     def _kill(self) -> None:
         for child in self._children.values():
@@ -11560,7 +11568,7 @@ class Supervisor:
         self._end = sys.float_info.max  # not twice
 
 
-_LAST_SECONDS = 10.0  # for children to cut what did not end in time
+_LAST_SECONDS = 90.0  # for children to cut what did not end, and to save a login just renewed
 
 
 def prepare_to_share(app: App, folder: str) -> None:
