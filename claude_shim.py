@@ -7091,9 +7091,19 @@ class ThinkingMemory:
         self._turns: OrderedDict[str, Tuple[List[JSON], int]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
+        self.tell: Optional[Callable[[bytes], None]] = None  # other processes, which `hear` it
 
     def remember(self, tool_use_ids: List[str], blocks: List[JSON]) -> None:
         """Keep `blocks` under each of the ids."""
+        self._keep(tool_use_ids, blocks)
+        if self.tell and tool_use_ids and blocks:
+            self.tell(dumps([tool_use_ids, blocks]))
+
+    def hear(self, told: bytes) -> None:
+        """Keep what another process was told to remember."""
+        self._keep(*loads(told))
+
+    def _keep(self, tool_use_ids: List[str], blocks: List[JSON]) -> None:
         size = len(dumps(blocks)) if blocks else 0
         with self._lock:
             for id in tool_use_ids if blocks else ():
@@ -10024,6 +10034,43 @@ _LINGER_BYTES = 1 << 20
 _LINGER_SECONDS = 1.0
 
 
+class Letters(Party):
+    """What is remembered in one of several processes, told to the others.
+
+    Each has a box, a pair of datagram sockets: it reads from the first, all others write to the
+    second. What does not fit in is lost, which costs a thought, and nobody waits.
+    """
+
+    def __init__(
+        self, memory: ThinkingMemory, number: int, boxes: Sequence[Tuple[socket.socket, ...]]
+    ) -> None:
+        self._memory = memory
+        self.box = boxes[number][0]
+        self._others = [box[1] for box in boxes if box is not boxes[number]]
+        memory.tell = self._tell
+
+    def _tell(self, letter: bytes) -> None:
+        for other in self._others:
+            with contextlib.suppress(OSError):
+                other.send(letter)
+
+    def on_ready(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._memory.hear(self.box.recv(_LETTER_BYTES))
+
+
+_LETTER_BYTES = 1 << 20
+
+
+def letter_box() -> Tuple[socket.socket, socket.socket]:
+    """Return the two ends of a box for Letters; neither ever waits."""
+    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    for end in (reader, writer):
+        end.setblocking(False)
+    writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LETTER_BYTES)
+    return reader, writer
+
+
 class Server(http.server.ThreadingHTTPServer):
     """Serves an App; a context manager that starts in a thread and stops when left.
 
@@ -10106,12 +10153,15 @@ class Server(http.server.ThreadingHTTPServer):
         if self.socket.family in _NETWORK:
             self.server_name, self.server_port = address[:2]
 
-    def take_part(self, number: int, crowd: memoryview) -> None:
+    def take_part(
+        self, number: int, crowd: memoryview, boxes: Sequence[Tuple[socket.socket, ...]]
+    ) -> None:
         """Be one of several servers on one socket, in a process that was forked before any served.
 
-        `crowd` is memory that all see. All wake up for a connection, and one of those that have the
-        fewest takes it: left to chance (EPOLLEXCLUSIVE), the first would take all of a burst.
-        Sockets of their own (SO_REUSEPORT) have queues, which are lost with whoever dies.
+        `crowd` is memory that all see, and `boxes` are for their Letters. All wake up for a
+        connection, and one of those that have the fewest takes it: left to chance (EPOLLEXCLUSIVE),
+        the first would take all of a burst. Sockets of their own (SO_REUSEPORT) would have queues,
+        which are lost with whoever dies.
         """
         self.part, self._crowd = (number, len(crowd)), crowd
         self._count()
@@ -10121,6 +10171,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)
         self.relay.stop()  # its selector is shared with the other process
         self.relay = Relay(self.log_fault)
+        letters = Letters(self.app.memory, number, boxes)
+        self.relay.watch(letters.box, selectors.EVENT_READ, letters)
 
     def _count(self) -> None:
         self._crowd[self.part[0]] = self._accepted - self._closed
@@ -11413,6 +11465,7 @@ class Supervisor:
 
         self._server, self._reload = server, reload
         self._crowd = memoryview(mmap.mmap(-1, 4 * count)).cast("I")
+        self._boxes = [letter_box() for _ in range(count)]
         self._log = server.app.log
         self._orphaned = False  # of a child
         self._folder = tempfile.TemporaryDirectory(prefix="claude-shim-")
@@ -11439,6 +11492,8 @@ class Supervisor:
             while self._children or self._due:
                 self._look_after()
             signal.set_wakeup_fd(-1)
+        for end in itertools.chain(*self._boxes):
+            end.close()
         return self._code
 
     def _look_after(self) -> None:
@@ -11481,7 +11536,7 @@ class Supervisor:
         code = 0
         try:
             self._leave_home()
-            self._server.take_part(number, self._crowd)
+            self._server.take_part(number, self._crowd, self._boxes)
             threading.Thread(target=self._listen, args=(line,), daemon=True).start()
             serve_until_interrupted(self._server)
         except KeyboardInterrupt:

@@ -18193,6 +18193,30 @@ def test_parts_of_limits_add_up() -> None:
     assert whole._replace(max_body=60).part(0, 4).max_held == 60  # or no such body ever came in
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is one process only")
+def test_processes_tell_each_other_what_they_remember() -> None:
+    crowd = memoryview(bytearray(12)).cast("I")
+    boxes = [shim.letter_box() for _ in range(3)]
+    thinking = [{"type": "thinking", "thinking": "x" * 30_000, "signature": "s\u00f6"}]
+    servers = [shim.Server(app_on(FINE)[0]) for _ in boxes]
+    for number, server in enumerate(servers):
+        server.take_part(number, crowd, boxes)
+    with servers[0], servers[1], servers[2]:
+        first, *others = [server.app.memory for server in servers]
+        first.remember(["toolu_1", "toolu_2"], thinking)
+        deadline = time.monotonic() + PATIENCE
+        while not all(memory.recall("toolu_2") for memory in others):
+            assert time.monotonic() < deadline
+        recalled = [memory.recall("toolu_1") for memory in (first, *others)]
+        assert recalled == [thinking] * 3
+        assert first.tell is not None
+        for _ in range(2000):  # nobody waits for a box that is full
+            first.tell(b"[[],[]]")
+    for ends in boxes:
+        for end in ends:
+            end.close()
+
+
 def test_client_that_leaves_while_a_worker_has_its_request_frees_its_place() -> None:
     go, begun = threading.Event(), threading.Event()
 
