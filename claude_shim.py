@@ -11627,8 +11627,8 @@ _LAST_SECONDS = 90.0  # for children to cut what did not end, and to save a logi
 
 
 def prepare_to_share(app: App, folder: str) -> None:
-    """Have processes that are forked now know the same; ConfigError if they cannot."""
-    app.sealing_key()
+    """Have processes that are forked later know the same; ConfigError if they cannot."""
+    app.sealing_key()  # which is random where it cannot be kept in a file
     if app.store.place != "off":
         with store_for_use():
             app.store.share(os.path.join(folder, "responses.sqlite3"))
@@ -11709,6 +11709,7 @@ def run_server(call: Call) -> int:
         credential = credential_from(settings, environment, world)
         fallback_from(settings, environment, world, credential)
         client_keys_from(settings, environment)
+        limits_from(settings)
         upstream_from(settings).close()
         call.terminal.say(f"{shown_settings(settings)}\ncredential = {credential.describe()}")
         return 0
