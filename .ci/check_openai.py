@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import enum
+import functools
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from typing import Annotated, Any, Literal, Optional
 
+import harness
 import httpx2
 import openai
 from harness import (
@@ -34,6 +36,7 @@ from pydantic import BaseModel, Field
 from samples import PDF_BASE64, PNG_BASE64
 
 JSON = dict[str, Any]
+raised = functools.partial(harness.raised, openai.OpenAIError)
 
 
 def client_of(url: str, **options: Any) -> OpenAI:
@@ -682,14 +685,6 @@ ERRORS = [
     ("504", openai.InternalServerError, 504, "server_error", "timeout", ""),
     ("529", openai.InternalServerError, 503, "server_error", "server_is_overloaded", "verloaded"),
 ]  # fmt: skip
-
-
-def raised(function: Any) -> Any:
-    try:
-        answer = function()
-    except openai.OpenAIError as error:
-        return error
-    raise AssertionError(f"no error, but {answer}")
 
 
 @check("errors: class, status, type, code, message, request id; no attempt too many")

@@ -7,6 +7,7 @@ the Vercel AI SDK rely on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import importlib.util
 import itertools
@@ -17,6 +18,7 @@ import tempfile
 from typing import Any
 from urllib.parse import urlsplit
 
+import harness
 import httpx2
 import openai
 from harness import (
@@ -40,6 +42,7 @@ from pydantic import BaseModel, Field
 from samples import PDF_BASE64, PNG_BASE64
 
 JSON = dict[str, Any]
+raised = functools.partial(harness.raised, openai.OpenAIError)
 PNG_URL = "data:image/png;base64," + PNG_BASE64
 TERMINAL = ("response.completed", "response.incomplete", "response.failed")
 HIGH = {"effort": "high", "summary": "auto"}
@@ -501,14 +504,6 @@ def hosted_tools() -> None:
 
 
 # --- endings and errors ---------------------------------------------------------------------------
-
-
-def raised(function: Any) -> Any:
-    try:
-        answer = function()
-    except openai.OpenAIError as error:
-        return error
-    raise AssertionError(f"no error, but {answer}")
 
 
 @check("endings: incomplete for a limit, a refusal is completed")

@@ -125,11 +125,17 @@ def received_from(entry: JSON) -> Received:
 # --- shims ----------------------------------------------------------------------------------------
 
 
+class Running(NamedTuple):
+    """A shim in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: str  # path of its standard error
+
+
 @contextlib.contextmanager
-def shim(*options: str, **environment: str) -> Iterator[str]:
-    """A shim of its own before the fake upstream; yields its URL."""
-    command = [os.environ["SHIM_PYTHON"], "-X", "dev", os.environ["SHIM_FILE"], "--port", "0"]
-    command += ["--base-url", os.environ["FAKE_URL"], *options]
+def running(command: list[str], **environment: str) -> Iterator[Running]:
+    """Starts a shim that has a home of its own; afterwards its log may not tell of a fault."""
     with tempfile.TemporaryDirectory(prefix="shim-home-") as home:
         variables = clean_environment(home, ANTHROPIC_API_KEY=UPSTREAM_KEY, **environment)
         log_path = os.path.join(home, "stderr")
@@ -139,17 +145,27 @@ def shim(*options: str, **environment: str) -> Iterator[str]:
                 stderr=log, cwd=home,
             )  # fmt: skip
         try:
-            yield listening_url(process)
-        except Exception:
+            yield Running(process, listening_url(process), log_path)
+        except BaseException:
             print_log(log_path)
             raise
         finally:
             process.terminate()
             try:
-                process.wait(5)
+                process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
-        complain_of_traceback(log_path)
+                process.wait()
+        complain_of_faults(log_path)
+
+
+@contextlib.contextmanager
+def shim(*options: str, **environment: str) -> Iterator[str]:
+    """A shim of its own before the fake upstream; yields its URL."""
+    command = [os.environ["SHIM_PYTHON"], "-X", "dev", os.environ["SHIM_FILE"], "--port", "0"]
+    command += ["--base-url", os.environ["FAKE_URL"], *options]
+    with running(command, **environment) as started:
+        yield started.url
 
 
 def listening_url(process: subprocess.Popen[bytes]) -> str:
@@ -174,12 +190,13 @@ def print_log(path: str) -> None:
             print("     shim:", line)
 
 
-def complain_of_traceback(path: str) -> None:
+def complain_of_faults(path: str) -> None:
+    """AssertionError if a log holds a traceback, a warning of Python or a fault of the shim."""
     with open(path, encoding="utf-8", errors="replace") as log:
-        text = log.read()
-    if "Traceback" in text or "ResourceWarning" in text:
+        told = re.findall(r"(?m)^fault .*|.*(?:Traceback|ResourceWarning).*", log.read())
+    if told:
         print_log(path)
-        raise AssertionError("the shim's standard error holds a traceback or a warning")
+        raise AssertionError(f"the shim's log tells of {len(told)} faults: {told[:5]}")
 
 
 # --- clients that are programs --------------------------------------------------------------------
@@ -273,6 +290,15 @@ def each(rows: Iterable[Any], function: Callable[[Any], Any], at_once: int = 1) 
         problems = [text for text in pool.map(problem, rows) if text]
     if problems:
         raise AssertionError("\n".join(problems))
+
+
+def raised(kind: type[Exception], function: Callable[[], Any]) -> Any:
+    """The error of this kind that a call ends with; AssertionError for an answer."""
+    try:
+        answer = function()
+    except kind as error:
+        return error
+    raise AssertionError(f"no error, but {answer}")
 
 
 def calls(*rounds: list[tuple[str, JSON]]) -> str:

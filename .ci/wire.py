@@ -18,7 +18,6 @@ import select
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -73,7 +72,7 @@ class Shim(NamedTuple):
 def shim(
     *options: str, max_files: int = 0, timed: bool = False, ends: bool = False, **environment: str
 ) -> Iterator[Shim]:
-    """A shim of its own; afterwards its log may hold neither a traceback nor a fault.
+    """A shim of its own; afterwards its log may not tell of a fault.
 
     One that is `timed` runs without Python's own checks, as in use; one that `ends` is ended by who
     uses it.
@@ -82,33 +81,9 @@ def shim(
     command = [SHIM_PYTHON, *checks, SHIM_FILE, "--port", "0", *options]
     if max_files:
         command = ["sh", "-c", 'ulimit -n "$0" && exec "$@"', str(max_files), *command]
-    with tempfile.TemporaryDirectory(prefix="shim-home-") as home:
-        variables = harness.clean_environment(
-            home, ANTHROPIC_API_KEY=harness.UPSTREAM_KEY, **environment
-        )
-        log_path = os.path.join(home, "stderr")
-        with open(log_path, "wb") as log:
-            process = subprocess.Popen(
-                command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=log, cwd=home,
-            )  # fmt: skip
-        try:
-            url = harness.listening_url(process)
-            yield Shim(int(url.rpartition(":")[2]), process.pid, log_path, process)
-            assert ends or process.poll() is None, f"the shim ended by itself: {process.returncode}"
-        except BaseException:
-            harness.print_log(log_path)
-            raise
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        harness.complain_of_traceback(log_path)
-        faults = [line for line in Shim(0, 0, log_path).log_lines() if line.startswith("fault ")]
-        assert not faults, f"the shim's log tells of {len(faults)} faults: {faults[:5]}"
+    with harness.running(command, **environment) as (process, url, log):
+        yield Shim(int(url.rpartition(":")[2]), process.pid, log, process)
+        assert ends or process.poll() is None, f"the shim ended by itself: {process.returncode}"
 
 
 class Held(NamedTuple):
