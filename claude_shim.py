@@ -10185,7 +10185,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._stopping = threading.Event()
         self.emptied = threading.Event()  # no connection is left, and none will come
         self._thread: Optional[threading.Thread] = None
-        self._id_prefix, self._id_numbers = new_id_prefix(), itertools.count(1)
+        self._id_prefix, self._id_numbers = f"shim_{secrets.token_hex(8)}", itertools.count(1)
         self.gate = Gate(limits)
         self.workers = Workers(limits.max_workers)
         app.later = self.workers.submit
@@ -10246,7 +10246,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.part, self._crowd = (number, len(crowd)), crowd
         self._count()
         self.limits = self.gate.limits = self.limits.part(*self.part)
-        self._id_prefix = new_id_prefix()
+        self._id_prefix = f"shim_{secrets.token_hex(8)}"
         self._host = "fd"  # the socket is another's, as is the path of a Unix socket
         self.socket.setblocking(False)
         self.relay.stop()  # its selector is shared with the other process
@@ -10368,11 +10368,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __enter__(self) -> Server:
         return self.start()
-
-
-def new_id_prefix() -> str:
-    """Return what the ids of requests begin with in one process."""
-    return f"shim_{secrets.token_hex(8)}"
 
 
 _CUT_SECONDS = 2.0
@@ -11608,7 +11603,10 @@ class Supervisor:
             signal.SIGTERM: self._stop,
             signal.SIGHUP: self._tell_to_read,
         }
-        prepare_to_share(server.app, self._folder.name)
+        server.app.sealing_key()  # which is random where it cannot be kept in a file
+        if server.app.store.place != "off":
+            with store_for_use():
+                server.app.store.share(os.path.join(self._folder.name, "responses.sqlite3"))
 
     def run(self) -> int:
         """Serve until SIGINT or SIGTERM, then let answers end; returns the exit code."""
@@ -11752,14 +11750,6 @@ class Supervisor:
 
 
 _LAST_SECONDS = 90.0  # for children to cut what did not end, and to save a login just renewed
-
-
-def prepare_to_share(app: App, folder: str) -> None:
-    """Have processes that are forked later know the same; ConfigError if they cannot."""
-    app.sealing_key()  # which is random where it cannot be kept in a file
-    if app.store.place != "off":
-        with store_for_use():
-            app.store.share(os.path.join(folder, "responses.sqlite3"))
 
 
 def interrupt_once(number: int, frame: Any) -> None:
