@@ -11464,8 +11464,8 @@ def store_for_use() -> Iterator[None]:
     """Turn what is wrong with a store of responses into a ConfigError."""
     try:
         yield
-    except StoreFault as error:
-        raise ConfigError(f"--responses-store: {error.message}") from None
+    except (StoreFault, OSError) as error:
+        raise ConfigError(f"--responses-store: {error}") from None
 
 
 def _cannot_listen(settings: Settings, error: Exception, taker: str = "") -> str:
@@ -11584,14 +11584,13 @@ class Supervisor:
 
     def __init__(self, server: Server, count: int, reload: Callable[[], bool]) -> None:
         import mmap
-        import tempfile
 
         self._server, self._reload = server, reload
         self._crowd = memoryview(mmap.mmap(-1, 4 * count)).cast("I")
         self._boxes = [letter_box() for _ in range(count)]
         self._log = server.app.log
         self._orphaned = False  # of a child
-        self._folder = tempfile.TemporaryDirectory(prefix="claude-shim-")
+        self._leavings = contextlib.ExitStack()  # what must be gone at the end
         self._children: Dict[int, Child] = {}
         self._due = dict.fromkeys(range(count), 0.0)  # when a child is to be started, by number
         self._failures = 0
@@ -11604,9 +11603,20 @@ class Supervisor:
             signal.SIGHUP: self._tell_to_read,
         }
         server.app.sealing_key()  # which is random where it cannot be kept in a file
+        for end in (self._signals, self._signalled, *itertools.chain(*self._boxes)):
+            self._leavings.enter_context(end)
         if server.app.store.place != "off":
             with store_for_use():
-                server.app.store.share(os.path.join(self._folder.name, "responses.sqlite3"))
+                self._share(server.app.store)
+
+    def _share(self, store: ResponseStore) -> None:
+        folder = ""
+        if store.place == "memory":
+            import tempfile
+
+            private = tempfile.TemporaryDirectory(prefix="claude-shim-")
+            folder = self._leavings.enter_context(private)
+        store.share(os.path.join(folder, "responses.sqlite3"))
 
     def run(self) -> int:
         """Serve until SIGINT or SIGTERM, then let answers end; returns the exit code."""
@@ -11614,12 +11624,10 @@ class Supervisor:
         signal.set_wakeup_fd(self._signals.fileno())
         for number in self._on_signal:
             signal.signal(number, _nothing)
-        with self._folder, self._signals, self._signalled:
+        with self._leavings:
             while self._children or self._due:
                 self._look_after()
             signal.set_wakeup_fd(-1)
-        for end in itertools.chain(*self._boxes):
-            end.close()
         return self._code
 
     def _look_after(self) -> None:
@@ -11661,19 +11669,22 @@ class Supervisor:
     def _be_a_child(self, number: int, line: socket.socket) -> NoReturn:
         code = 0
         try:
-            self._leave_home()
-            self._server.take_part(number, self._crowd, self._boxes)
-            threading.Thread(target=self._listen, args=(line,), daemon=True).start()
-            serve_until_interrupted(self._server)
+            self._serve_as(number, line)
         except KeyboardInterrupt:
             pass  # before it served
         except Exception as error:
             code = 1
             self._server.log_fault(error, "worker")
         finally:
-            if self._orphaned:  # nobody else is left to do it
-                self._folder.cleanup()
             os._exit(code)
+
+    def _serve_as(self, number: int, line: socket.socket) -> None:
+        self._leave_home()
+        self._server.take_part(number, self._crowd, self._boxes)
+        threading.Thread(target=self._listen, args=(line,), daemon=True).start()
+        serve_until_interrupted(self._server)
+        if self._orphaned:  # nobody else is left to do it
+            self._leavings.close()
 
     def _leave_home(self) -> None:
         """Let go of what is the parent's; above all of the lines to other children."""
