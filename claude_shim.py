@@ -11602,6 +11602,10 @@ class Supervisor:
             signal.SIGTERM: self._stop,
             signal.SIGHUP: self._tell_to_read,
         }
+        self._signals.setblocking(False)
+        signal.set_wakeup_fd(self._signals.fileno())
+        for number in self._on_signal:
+            signal.signal(number, _nothing)  # `run` reads what came
         server.app.sealing_key()  # which is random where it cannot be kept in a file
         for end in (self._signals, self._signalled, *itertools.chain(*self._boxes)):
             self._leavings.enter_context(end)
@@ -11620,10 +11624,6 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve until SIGINT or SIGTERM, then let answers end; returns the exit code."""
-        self._signals.setblocking(False)
-        signal.set_wakeup_fd(self._signals.fileno())
-        for number in self._on_signal:
-            signal.signal(number, _nothing)
         with self._leavings:
             while self._children or self._due:
                 self._look_after()
