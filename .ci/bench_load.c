@@ -1,6 +1,6 @@
-/* The load generator of .ci/bench: one thread, epoll, every answer checked to the last byte of text.
+/* The load generator of .ci/bench: one thread, epoll, every answer checked to its last byte.
  *
- *   bench_load PORT PATH DIALECT PIECES BODY DELTAS CONNECTIONS SECONDS
+ *   bench_load PORT PATH DIALECT PIECES BODY DELTAS CONNECTIONS SECONDS STARTS [HEADER...]
  *
  * Sends the request in the file BODY again and again on CONNECTIONS connections for SECONDS and
  * prints one line of JSON: counts in all, rates within SECONDS, and times. Answers under way at the
@@ -14,6 +14,13 @@
  * The answer's text must be the first DELTAS lines of PIECES (JSON strings, taken in turn), a
  * stream must bring it in just as many deltas, and it must end properly: anything else is shown on
  * standard error and ends the run with status 1. A connection is kept when the server keeps it.
+ *
+ * STARTS is 0, or this is about paced streams: then each connection asks once, at most STARTS of
+ * them begin in a second, and SECONDS run from shortly after all have. Lines "begin" and "end" say
+ * when that is, for whoever measures something else meanwhile; at the end they must tell the
+ * upstream to stop. A delta's text must end in the time that bench_upstream made it, which gives
+ * its delay; DELTAS is the most that may come. Status 3: not all streams began, and soon.
+ * HEADER: more of the request's.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -35,7 +42,9 @@ enum dialect { CHAT, RESPONSE, CHUNKS, EVENTS, MESSAGES, DIALECTS };
 static const char *const DIALECT_NAMES[] = {"chat", "response", "chunks", "events", "messages"};
 enum framing { BY_LENGTH, BY_CHUNKS, BY_CLOSE };
 enum state { CONNECTING, SENDING, HEAD, BODY, CHUNK_SIZE, CHUNK_END, TRAILER, IDLE, CLOSED };
-enum { HEAD_ROOM = 1 << 16, FORM_ROOM = 1024, GRACE = 30 };
+enum { HEAD_ROOM = 1 << 16, FORM_ROOM = 1024, GRACE = 30, STARTING = 4, STAMP_DIGITS = 16 };
+static const char STAMP_DIGIT = 1;      /* in the expected text */
+static const double NEVER = 1e18, TIME_TO_BEGIN = 6, SETTLING = 0.25;     /* seconds */
 
 struct connection {
     int fd;
@@ -49,7 +58,7 @@ struct connection {
     size_t body_len, body_room;
     size_t text_at;             /* how much of the expected text has come */
     long deltas, finishes, ends, numbered;
-    double began, first_text;
+    double began, first_text, stamp;
     char before[FORM_ROOM], after[FORM_ROOM];   /* what stood around the last delta's text */
     size_t before_len, after_len;
 };
@@ -62,11 +71,14 @@ static size_t request_len;
 static char *expected;
 static size_t expected_len;
 static long expected_deltas;
-static double deadline;         /* the end of what is measured */
+static size_t *text_after;      /* of the expected text, so many deltas */
+static double started_at, opened, deadline;     /* of all; of what is measured, and its end */
+static double window;           /* SECONDS */
+static int paced, count, begun; /* connections: in all, and those that got text */
 static double current;          /* when the bytes being looked at came */
 static int open_connections;
 
-static struct samples { double *at; size_t len, room; } latencies, first_texts;
+static struct samples { double *at; size_t len, room; } latencies, first_texts, delays;
 static long requests, events, connects;         /* in all */
 static long requests_in_time, events_in_time;   /* by the deadline */
 
@@ -171,8 +183,15 @@ static const char *json_string(const char *at, const char *end, void *to,
 static int compare_text(void *to, const char *piece, size_t len)
 {
     struct connection *c = to;
-    if (len > expected_len - c->text_at || memcmp(expected + c->text_at, piece, len)) return 0;
+    const char *want = expected + c->text_at;
+    if (len > expected_len - c->text_at) return 0;
     c->text_at += len;
+    if (!paced) return !memcmp(want, piece, len);
+    for (size_t i = 0; i < len; i++) {
+        if (want[i] == STAMP_DIGIT && piece[i] >= '0' && piece[i] <= '9')
+            c->stamp = c->stamp * 10 + (piece[i] - '0');
+        else if (want[i] != piece[i]) return 0;
+    }
     return 1;
 }
 
@@ -205,8 +224,15 @@ static void count_delta(struct connection *c)
 {
     c->deltas++;
     events++;
-    events_in_time += current < deadline;
-    if (!c->first_text) c->first_text = current;
+    double at = paced ? c->stamp / 1e6 : current;  /* paced: one that was held up counts, too */
+    if (at >= opened && at < deadline) {
+        events_in_time++;
+        if (paced) add_sample(&delays, current - at);
+    }
+    c->stamp = 0;
+    if (c->first_text) return;
+    c->first_text = current;
+    if (++begun == count && paced) deadline = (opened = current + SETTLING) + window;
 }
 
 static void take_text(struct connection *c, const char *line, const char *end, const char *text)
@@ -245,6 +271,7 @@ static int take_same_form(struct connection *c, const char *line, const char *en
     if (!close) fail(c, "this is not the text that comes next");
     if (!same_tail(close, end, c->after, c->after + c->after_len)) {
         c->text_at = was;       /* such as a delta that brings the finish reason too */
+        c->stamp = 0;
         return 0;
     }
     if (c->text_at > was) count_delta(c);
@@ -358,8 +385,9 @@ static void check_whole(struct connection *c)
         if (c->finishes != 1) fail(c, "not exactly one finish reason");
         if (c->ends != 1) fail(c, "the stream did not end as it must");
     }
-    if (c->text_at != expected_len) fail(c, "text is missing");
-    if (streamed && c->deltas != expected_deltas) fail(c, "another number of deltas than upstream sent");
+    if (c->text_at != (paced ? text_after[c->deltas] : expected_len)) fail(c, "text is missing");
+    if (streamed && !paced && c->deltas != expected_deltas)
+        fail(c, "another number of deltas than upstream sent");
 }
 
 /* ---- HTTP ---------------------------------------------------------------------------------- */
@@ -418,10 +446,29 @@ static void hang_up(struct connection *c)
     c->state = CLOSED;
 }
 
+static void __attribute__((noreturn)) cannot_keep_up(void)
+{
+    fprintf(stderr, "bench_load: cannot keep up: %d of %d streams began\n", begun, count);
+    exit(3);
+}
+
+/* Says when the time begins that is measured, and when it ends. */
+static void announce(double at)
+{
+    static int announced;
+    static const char *const words[] = {"begin", "end"};
+    const double times[] = {opened, deadline};
+    if (begun < count && at > started_at + TIME_TO_BEGIN) cannot_keep_up();
+    if (announced > 1 || begun < count || at < times[announced]) return;
+    puts(words[announced++]);
+    fflush(stdout);
+}
+
 static void finish(struct connection *c)
 {
     check_whole(c);
     double end = now();
+    if (paced && end < deadline) cannot_keep_up();
     add_sample(&latencies, end - c->began);
     if (c->first_text) add_sample(&first_texts, c->first_text - c->began);
     requests++;
@@ -574,40 +621,70 @@ static void read_expected(const char *path)
     size_t line_room = 0, room = 0;
     ssize_t len;
     if (!file) fail(NULL, path);
-    for (long i = 0; i < expected_deltas; i++) {
+    text_after = calloc((size_t)expected_deltas + 1, sizeof *text_after);
+    for (long i = 0; i < expected_deltas; i++, text_after[i] = expected_len) {
         if ((len = getline(&line, &line_room, file)) <= 0) {
             rewind(file);
             if ((len = getline(&line, &line_room, file)) <= 0) fail(NULL, "no pieces");
         }
         if (!json_string(line + 1, line + len, &room, append_expected)) fail(NULL, "a bad piece");
+        if (!paced) continue;
+        append_expected(&room, " ", 1);
+        for (int digit = 0; digit < STAMP_DIGITS; digit++) append_expected(&room, &STAMP_DIGIT, 1);
     }
     free(line);
     fclose(file);
 }
 
-static void make_request(const char *path, const char *body_path)
+static void make_request(const char *path, const char *body_path, char **headers)
 {
+    char more[2048] = "";
+    for (; *headers; headers++) {
+        if (strlen(more) + strlen(*headers) + 3 > sizeof more) fail(NULL, "too many headers");
+        strcat(strcat(more, *headers), "\r\n");
+    }
     FILE *file = fopen(body_path, "rb");
     if (!file) fail(NULL, body_path);
     fseek(file, 0, SEEK_END);
     size_t body_len = (size_t)ftell(file);
     rewind(file);
-    request = malloc(body_len + 1024);
-    int head_len = snprintf(request, 1024,
+    request = malloc(body_len + 4096);
+    int head_len = snprintf(request, 4096,
         "POST %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nAccept: application/json\r\n"
         "Content-Type: application/json\r\nAuthorization: Bearer sk-bench\r\n"
-        "User-Agent: OpenAI/Python 3.52.0\r\nContent-Length: %zu\r\n\r\n", path, port, body_len);
+        "User-Agent: OpenAI/Python 3.52.0\r\n%sContent-Length: %zu\r\n\r\n",
+        path, port, more, body_len);
     if (fread(request + head_len, 1, body_len, file) != body_len) fail(NULL, body_path);
     request_len = (size_t)head_len + body_len;
     fclose(file);
 }
 
+/* Does without those that no server has taken yet: they may wait for seconds where a backlog is
+ * full. */
+static void leave_backlog(struct connection *connections)
+{
+    for (int i = 0; i < count; i++) {
+        if (connections[i].state != CONNECTING) continue;
+        hang_up(&connections[i]);
+        open_connections--;
+    }
+}
+
+/* Lets streams begin, only few of them before they got text: no server's backlog overflows. */
+static int start_some(struct connection *connections, int started, double starts)
+{
+    while (started < count
+           && (!paced || (started < begun + STARTING && now() >= started_at + started / starts)))
+        begin(&connections[started++]);
+    return started;
+}
+
 int main(int argc, char **argv)
 {
-    while (argc == 9 && dialect < DIALECTS && strcmp(argv[3], DIALECT_NAMES[dialect])) dialect++;
-    if (argc != 9 || dialect == DIALECTS) {
+    while (argc > 9 && dialect < DIALECTS && strcmp(argv[3], DIALECT_NAMES[dialect])) dialect++;
+    if (argc < 10 || dialect == DIALECTS) {
         fprintf(stderr, "usage: bench_load PORT PATH chat|response|chunks|events|messages PIECES "
-                        "BODY DELTAS CONNECTIONS SECONDS\n");
+                        "BODY DELTAS CONNECTIONS SECONDS STARTS [HEADER...]\n");
         return 2;
     }
     prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -615,31 +692,39 @@ int main(int argc, char **argv)
     port = atoi(argv[1]);
     streamed = dialect >= CHUNKS;
     expected_deltas = atol(argv[6]);
+    count = atoi(argv[7]);
+    window = atof(argv[8]);
+    double starts = atof(argv[9]);
+    paced = starts > 0;
     read_expected(argv[4]);
-    make_request(argv[2], argv[5]);
-    int count = atoi(argv[7]);
+    make_request(argv[2], argv[5], argv + 10);
 
     poller = epoll_create1(0);
     struct connection *connections = calloc((size_t)count, sizeof *connections);
     struct epoll_event happened[256];
-    double began = now();
-    deadline = began + atof(argv[8]);
+    started_at = now();
+    double give_up = started_at + window + GRACE;
+    opened = paced ? NEVER : started_at;
+    deadline = opened + window;
     open_connections = count;
-    for (int i = 0; i < count; i++) {
-        connections[i].state = CLOSED;
-        begin(&connections[i]);
-    }
+    for (int i = 0; i < count; i++) connections[i].state = CLOSED;
+    int started = start_some(connections, 0, starts);
     while (open_connections > 0) {
-        int n = epoll_wait(poller, happened, 256, 1000);
+        int n = epoll_wait(poller, happened, 256, paced ? 1 : 100);
         for (int i = 0; i < n; i++) ready(happened[i].data.ptr, happened[i].events);
-        if (now() > deadline + GRACE) fail(NULL, "answers do not come to an end");
+        started = start_some(connections, started, starts);
+        if (paced) announce(now());
+        else if (now() >= deadline) leave_backlog(connections);
+        if (now() > give_up) fail(NULL, "answers do not come to an end");
     }
-    printf("{\"requests\":%ld,\"events\":%ld,\"connects\":%ld,"
+    printf("{\"requests\":%ld,\"events\":%ld,\"connects\":%ld,\"events_in_time\":%ld,"
            "\"requests_per_s\":%.3f,\"events_per_s\":%.3f,"
-           "\"p50_us\":%.1f,\"p99_us\":%.1f,\"first_p50_us\":%.1f,\"first_p99_us\":%.1f}\n",
-        requests, events, connects, (double)requests_in_time / (deadline - began),
-        (double)events_in_time / (deadline - began), quantile_us(&latencies, 0.5),
-        quantile_us(&latencies, 0.99), quantile_us(&first_texts, 0.5),
-        quantile_us(&first_texts, 0.99));
+           "\"p50_us\":%.1f,\"p99_us\":%.1f,\"first_p50_us\":%.1f,\"first_p99_us\":%.1f,"
+           "\"delay_p50_us\":%.1f,\"delay_p99_us\":%.1f}\n",
+        requests, events, connects, events_in_time,
+        (double)requests_in_time / window, (double)events_in_time / window,
+        quantile_us(&latencies, 0.5), quantile_us(&latencies, 0.99),
+        quantile_us(&first_texts, 0.5), quantile_us(&first_texts, 0.99),
+        quantile_us(&delays, 0.5), quantile_us(&delays, 0.99));
     return 0;
 }

@@ -1,10 +1,14 @@
 /* The fake Messages upstream of .ci/bench: one thread, epoll, answers made once and sent again.
  *
- *   bench_upstream PIECES EVENTS_PER_CHUNK        prints "listening on http://127.0.0.1:PORT"
+ *   bench_upstream PORT PIECES EVENTS_PER_CHUNK
  *
  * PIECES: a file with one JSON-encoded text a line. Every POST is answered with a Messages event
  * stream whose text deltas are these pieces in turn; their number is the request's "max_tokens".
+ * One that asks for no stream (other gateways do, ours does not) gets the same as one message.
  * As Anthropic does, it pads the deltas with a varying number of spaces before the last brace.
+ * A request that says "pace=MS" (in a short prompt, so that any gateway hands it on) gets its
+ * deltas one by one, each MS milliseconds, as a model writes them. Each then ends in a space and
+ * the time it was made: 16 digits, microseconds of CLOCK_MONOTONIC. GET /stop lets them all end.
  * GET /v1/models gets a small list, any other GET a 404. Listens on loopback only.
  */
 #define _GNU_SOURCE
@@ -18,15 +22,17 @@
 #include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/timerfd.h>
 #include <sys/uio.h>
 #include <signal.h>
+#include <time.h>
 #include <unistd.h>
 
-enum { MAX_FD = 8192, MAX_DELTAS = 1000000 };
+enum { MAX_FD = 8192, MAX_DELTAS = 1000000, MAX_PACED = 4096 };
 
 struct bytes { char *at; size_t len, room; };
 
-struct answer { long deltas; struct bytes body; struct answer *next; };
+struct answer { long deltas; int streamed; struct bytes body; struct answer *next; };
 
 struct client {
     struct bytes in;            /* what was received and not yet consumed */
@@ -34,6 +40,10 @@ struct client {
     const char *body;
     size_t head_left, body_left;
     int busy, close_after, wants_write;
+    /* A paced answer: */
+    struct bytes out;           /* what `body` points into */
+    long paced, written;        /* deltas, in all and so far */
+    double pace, due;           /* seconds; when the next one is due */
 };
 
 static struct client *clients[MAX_FD];
@@ -41,12 +51,15 @@ static struct answer *answers;
 static char **pieces;
 static size_t piece_count;
 static long events_per_chunk;
-static int poller;
+static int poller, timer;
+static struct turn { double due; int fd; } waiting[MAX_FD * 2];
+static size_t waiting_count;
 
-/* What api.anthropic.com sends in front of a stream, in length and number of headers. */
-#define STREAM_HEADERS \
+/* What api.anthropic.com sends in front of an answer, in length and number of headers. */
+#define HEAD(type, more) \
+    "HTTP/1.1 200 OK\r\n" \
     "Date: Sat, 21 Nov 2026 10:00:00 GMT\r\n" \
-    "Content-Type: text/event-stream; charset=utf-8\r\n" \
+    "Content-Type: " type "\r\n" \
     "Transfer-Encoding: chunked\r\n" \
     "Cache-Control: no-cache\r\n" \
     "anthropic-ratelimit-requests-limit: 4000\r\n" \
@@ -59,10 +72,13 @@ static int poller;
     "request-id: req_011CbenchBenchBenchBench\r\n" \
     "strict-transport-security: max-age=31536000; includeSubDomains; preload\r\n" \
     "Server: cloudflare\r\n" \
-    "CF-RAY: 0000000000000000-FRA\r\n"
-static const char STREAM_KEPT[] = "HTTP/1.1 200 OK\r\n" STREAM_HEADERS "\r\n";
-static const char STREAM_CLOSED[] =
-    "HTTP/1.1 200 OK\r\n" STREAM_HEADERS "Connection: close\r\n\r\n";
+    "CF-RAY: 0000000000000000-FRA\r\n" more "\r\n"
+#define CLOSE "Connection: close\r\n"
+#define EVENT_STREAM "text/event-stream; charset=utf-8"
+static const char *const HEADS[2][2] = {        /* [streamed][close_after] */
+    {HEAD("application/json", ""), HEAD("application/json", CLOSE)},
+    {HEAD(EVENT_STREAM, ""), HEAD(EVENT_STREAM, CLOSE)},
+};
 
 #define YES "{\"supported\":true}"
 static const char MODELS_BODY[] =
@@ -115,52 +131,152 @@ static void add_event(struct bytes *events, const char *name, const char *data)
     append(events, "\n\n", 2);
 }
 
-static struct answer *answer_of(long deltas)
-{
-    for (struct answer *known = answers; known; known = known->next)
-        if (known->deltas == deltas) return known;
+#define MESSAGE "\"id\":\"msg_01BenchBenchBenchBenchBe\",\"type\":\"message\"," \
+    "\"role\":\"assistant\",\"model\":\"claude-sonnet-5-5\","
 
-    struct answer *made = calloc(1, sizeof *made);
-    struct bytes events = {0};
-    char data[4096];
-    add_event(&events, "message_start",
-        "{\"type\":\"message_start\",\"message\":{\"id\":\"msg_01BenchBenchBenchBenchBe\","
-        "\"type\":\"message\",\"role\":\"assistant\",\"model\":\"claude-sonnet-5-5\","
+static void add_opening(struct bytes *events)
+{
+    add_event(events, "message_start",
+        "{\"type\":\"message_start\",\"message\":{" MESSAGE
         "\"content\":[],\"stop_reason\":null,\"stop_sequence\":null,\"usage\":{"
         "\"input_tokens\":8,\"cache_creation_input_tokens\":0,\"cache_read_input_tokens\":0,"
         "\"output_tokens\":1,\"service_tier\":\"standard\"}}}");
-    add_event(&events, "content_block_start",
+    add_event(events, "content_block_start",
         "{\"type\":\"content_block_start\",\"index\":0,"
         "\"content_block\":{\"type\":\"text\",\"text\":\"\"}}");
-    add_event(&events, "ping", "{\"type\":\"ping\"}");
-    add_chunk(&made->body, &events);
-    for (long i = 0; i < deltas; i++) {
-        snprintf(data, sizeof data,
-            "{\"type\":\"content_block_delta\",\"index\":0,"
-            "\"delta\":{\"type\":\"text_delta\",\"text\":%s}%*s}",
-            pieces[(size_t)i % piece_count], (int)(i * 7 % 13), "");
-        add_event(&events, "content_block_delta", data);
-        if ((i + 1) % events_per_chunk == 0) add_chunk(&made->body, &events);
-    }
-    if (events.len) add_chunk(&made->body, &events);
-    add_event(&events, "content_block_stop", "{\"type\":\"content_block_stop\",\"index\":0}");
+    add_event(events, "ping", "{\"type\":\"ping\"}");
+}
+
+/* The delta of that number; with a `stamp` at the end of its text, or "". */
+static void add_delta(struct bytes *events, long number, const char *stamp)
+{
+    char data[4096];
+    const char *piece = pieces[(size_t)number % piece_count];
+    snprintf(data, sizeof data,
+        "{\"type\":\"content_block_delta\",\"index\":0,"
+        "\"delta\":{\"type\":\"text_delta\",\"text\":%.*s%s\"}%*s}",
+        (int)strlen(piece) - 1, piece, stamp, (int)(number * 7 % 13), "");
+    add_event(events, "content_block_delta", data);
+}
+
+/* The end of an answer of so many deltas, and of its body. */
+static void add_closing(struct bytes *body, struct bytes *events, long deltas)
+{
+    char data[256];
+    add_event(events, "content_block_stop", "{\"type\":\"content_block_stop\",\"index\":0}");
     snprintf(data, sizeof data,
         "{\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"end_turn\","
         "\"stop_sequence\":null},\"usage\":{\"output_tokens\":%ld}}", deltas * 5);
-    add_event(&events, "message_delta", data);
-    add_event(&events, "message_stop", "{\"type\":\"message_stop\"}");
-    add_chunk(&made->body, &events);
-    append(&made->body, "0\r\n\r\n", 5);
+    add_event(events, "message_delta", data);
+    add_event(events, "message_stop", "{\"type\":\"message_stop\"}");
+    add_chunk(body, events);
+    append(body, "0\r\n\r\n", 5);
+}
+
+static void add_whole(struct bytes *body, long deltas)
+{
+    static const char begin[] = "{" MESSAGE "\"content\":[{\"type\":\"text\",\"text\":\"";
+    struct bytes whole = {0};
+    char end[256];
+    append(&whole, begin, sizeof begin - 1);
+    for (long i = 0; i < deltas; i++) {
+        const char *piece = pieces[(size_t)i % piece_count];
+        append(&whole, piece + 1, strlen(piece) - 2);
+    }
+    append(&whole, end, (size_t)sprintf(end, "\"}],\"stop_reason\":\"end_turn\","
+        "\"stop_sequence\":null,\"usage\":{\"input_tokens\":8,\"output_tokens\":%ld}}",
+        deltas * 5));
+    add_chunk(body, &whole);
+    append(body, "0\r\n\r\n", 5);
+    free(whole.at);
+}
+
+static void add_stream(struct bytes *body, long deltas)
+{
+    struct bytes events = {0};
+    add_opening(&events);
+    add_chunk(body, &events);
+    for (long i = 0; i < deltas; i++) {
+        add_delta(&events, i, "");
+        if ((i + 1) % events_per_chunk == 0) add_chunk(body, &events);
+    }
+    if (events.len) add_chunk(body, &events);
+    add_closing(body, &events, deltas);
     free(events.at);
-    made->deltas = deltas;
-    made->next = answers;
-    answers = made;
-    return made;
+}
+
+static struct answer *answer_of(long deltas, int streamed)
+{
+    for (struct answer *known = answers; known; known = known->next)
+        if (known->deltas == deltas && known->streamed == streamed) return known;
+
+    struct answer *made = calloc(1, sizeof *made);
+    *made = (struct answer){.deltas = deltas, .streamed = streamed, .next = answers};
+    (streamed ? add_stream : add_whole)(&made->body, deltas);
+    return answers = made;
+}
+
+/* ---- paced answers ------------------------------------------------------------------------- */
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+/* Puts the client into the heap of those that wait; the one that is due first is at waiting[1]. */
+static void wait_for(int fd, double due)
+{
+    size_t at = ++waiting_count;
+    for (; at > 1 && waiting[at / 2].due > due; at /= 2) waiting[at] = waiting[at / 2];
+    waiting[at] = (struct turn){due, fd};
+    clients[fd]->due = due;
+}
+
+static struct turn take_first(void)
+{
+    struct turn first = waiting[1], last = waiting[waiting_count--];
+    size_t at = 1, child;
+    for (; (child = at * 2) <= waiting_count; at = child) {
+        if (child < waiting_count && waiting[child + 1].due < waiting[child].due) child++;
+        if (waiting[child].due >= last.due) break;
+        waiting[at] = waiting[child];
+    }
+    waiting[at] = last;
+    return first;
+}
+
+/* Adds the next delta to what is being sent, and the end behind the last one. */
+static void write_delta(struct client *c)
+{
+    static struct bytes events;
+    char stamp[32];
+    size_t sent = c->body_left ? (size_t)(c->body - c->out.at) : c->out.len;
+    memmove(c->out.at, c->out.at + sent, c->out.len -= sent);
+    if (!c->written) {
+        add_opening(&events);
+        add_chunk(&c->out, &events);
+    }
+    sprintf(stamp, " %016.0f", now() * 1e6);
+    add_delta(&events, c->written, stamp);
+    add_chunk(&c->out, &events);
+    if (++c->written == c->paced) add_closing(&c->out, &events, c->paced);
+    c->body = c->out.at;
+    c->body_left = c->out.len;
+}
+
+static void stop_paced(void)
+{
+    for (int fd = 0; fd < MAX_FD; fd++)
+        if (clients[fd] && clients[fd]->written < clients[fd]->paced)
+            clients[fd]->paced = clients[fd]->written + 1;
 }
 
 static void hang_up(int fd)
 {
     free(clients[fd]->in.at);
+    free(clients[fd]->out.at);
     free(clients[fd]);
     clients[fd] = NULL;
     close(fd);
@@ -195,8 +311,19 @@ static size_t chunked_len(const char *at, size_t len)
     }
 }
 
+/* What stands behind `key` in a body: looked for at both ends first, since it may be long. */
+static const char *behind(const char *body, size_t len, const char *key)
+{
+    enum { NEAR = 4096 };
+    size_t key_len = strlen(key), near = len < NEAR ? len : NEAR;
+    const char *at = memmem(body, near, key, key_len);
+    if (!at) at = memmem(body + len - near, near, key, key_len);
+    if (!at) at = memmem(body, len, key, key_len);
+    return at ? at + key_len : NULL;
+}
+
 /* Begins the next answer when a whole request is there; 0 when it is not, -1 when it is wrong. */
-static int take_request(struct client *c)
+static int take_request(int fd, struct client *c)
 {
     char *end = c->in.len ? memmem(c->in.at, c->in.len, "\r\n\r\n", 4) : NULL;
     if (!end) return 0;
@@ -215,18 +342,29 @@ static int take_request(struct client *c)
     }
     c->close_after = connection && !strncasecmp(connection, "close", 5);
     if (!strncmp(c->in.at, "POST ", 5)) {
-        static const char key[] = "\"max_tokens\":";
-        char *limit = body_len ? memmem(body, body_len, key, sizeof key - 1) : NULL;
-        long deltas = limit ? strtol(limit + sizeof key - 1, NULL, 10) : 0;
+        const char *limit = behind(body, body_len, "\"max_tokens\":");
+        const char *pace = body_len < MAX_PACED ? behind(body, body_len, "pace=") : NULL;
+        long deltas = limit ? strtol(limit, NULL, 10) : 0;
         if (deltas < 1 || deltas > MAX_DELTAS) {
             fprintf(stderr, "bench_upstream: a POST without a usable max_tokens\n");
             return -1;
         }
-        struct answer *answer = answer_of(deltas);
-        c->head = c->close_after ? STREAM_CLOSED : STREAM_KEPT;
-        c->body = answer->body.at;
-        c->body_left = answer->body.len;
+        const char *stream = behind(body, body_len, "\"stream\":");
+        int streamed = stream && !strncmp(stream + strspn(stream, " "), "true", 4);
+        c->head = HEADS[streamed][c->close_after];
+        if (pace) {
+            c->pace = strtod(pace, NULL) / 1e3;
+            c->paced = deltas;
+            c->written = 0;
+            write_delta(c);
+            if (c->written < c->paced) wait_for(fd, now() + c->pace);
+        } else {
+            struct answer *answer = answer_of(deltas, streamed);
+            c->body = answer->body.at;
+            c->body_left = answer->body.len;
+        }
     } else {
+        if (!strncmp(c->in.at, "GET /stop ", 10)) stop_paced();
         int models = !!memmem(c->in.at, head_len, "/v1/models", 10);
         c->head = models ? models_head : missing_head;
         c->body = models ? MODELS_BODY : MISSING_BODY;
@@ -266,6 +404,7 @@ static int push(int fd, struct client *c)
         c->body_left -= (size_t)sent - of_head;
     }
     want_write(fd, c, 0);
+    if (c->written < c->paced) return 0;
     c->busy = 0;
     return c->close_after ? -1 : 1;
 }
@@ -284,7 +423,7 @@ static void serve(int fd, unsigned events)
     }
     for (;;) {
         if (!c->busy) {
-            int taken = take_request(c);
+            int taken = take_request(fd, c);
             if (taken < 0) hang_up(fd);
             if (taken <= 0) return;
         }
@@ -292,6 +431,26 @@ static void serve(int fd, unsigned events)
         if (sent < 0) hang_up(fd);
         if (sent <= 0) return;
     }
+}
+
+/* Writes what has come due, and sets the timer for what comes next. */
+static void write_due(void)
+{
+    static double set;
+    while (waiting_count && waiting[1].due <= now()) {
+        struct turn turn = take_first();
+        struct client *c = clients[turn.fd];
+        if (!c || c->due != turn.due) continue;     /* hung up meanwhile */
+        write_delta(c);
+        if (c->written < c->paced) wait_for(turn.fd, turn.due + c->pace);
+        if (push(turn.fd, c) < 0) hang_up(turn.fd);
+    }
+    double next = waiting_count ? waiting[1].due : 0;
+    if (next == set) return;
+    time_t seconds = (time_t)next;
+    struct itimerspec at = {.it_value = {seconds, (long)((next - (double)seconds) * 1e9)}};
+    timerfd_settime(timer, TFD_TIMER_ABSTIME, &at, NULL);
+    set = next;
 }
 
 static void read_pieces(const char *path)
@@ -319,34 +478,36 @@ static int json_head(char *to, size_t room, const char *status, size_t body_len)
 
 int main(int argc, char **argv)
 {
-    if (argc != 3) {
-        fprintf(stderr, "usage: bench_upstream PIECES EVENTS_PER_CHUNK\n");
+    if (argc != 4) {
+        fprintf(stderr, "usage: bench_upstream PORT PIECES EVENTS_PER_CHUNK\n");
         return 2;
     }
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     signal(SIGPIPE, SIG_IGN);
-    read_pieces(argv[1]);
-    events_per_chunk = atol(argv[2]);
+    read_pieces(argv[2]);
+    events_per_chunk = atol(argv[3]);
     if (!piece_count || events_per_chunk < 1) return 2;
     json_head(models_head, sizeof models_head, "200 OK", strlen(MODELS_BODY));
     json_head(missing_head, sizeof missing_head, "404 Not Found", strlen(MISSING_BODY));
 
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t address_len = sizeof address;
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(argv[1])),
+                                  .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     int one = 1, listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
     if (bind(listener, (struct sockaddr *)&address, sizeof address)) die("bind");
     if (listen(listener, 4096)) die("listen");
-    getsockname(listener, (struct sockaddr *)&address, &address_len);
-    printf("listening on http://127.0.0.1:%d\n", ntohs(address.sin_port));
-    fflush(stdout);
 
     poller = epoll_create1(0);
     struct epoll_event event = {.events = EPOLLIN, .data.fd = listener}, ready[256];
     epoll_ctl(poller, EPOLL_CTL_ADD, listener, &event);
+    timer = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK);
+    event.data.fd = timer;
+    epoll_ctl(poller, EPOLL_CTL_ADD, timer, &event);
     for (;;) {
         int count = epoll_wait(poller, ready, 256, -1);
         for (int i = 0; i < count; i++) {
             int fd = ready[i].data.fd;
+            if (fd == timer) continue;
             if (fd != listener) {
                 serve(fd, ready[i].events);
                 continue;
@@ -362,5 +523,6 @@ int main(int argc, char **argv)
                 epoll_ctl(poller, EPOLL_CTL_ADD, fd, &event);
             }
         }
+        write_due();
     }
 }

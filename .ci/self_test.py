@@ -1,4 +1,7 @@
-"""Does the validator of the fake upstream catch what it should? One bad body a line."""
+"""Does the validator of the fake upstream catch what it should? One bad body a line.
+
+And does .ci/bench judge as it says? One comparison a line.
+"""
 # ruff: noqa: E501 (a case table reads best with one case on one line)
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import bench_table
 import scenarios
 from fake_upstream import check_call, model_object
 from messages_rules import MODELS, Call, Ledger, Rejected
@@ -225,6 +229,38 @@ def thinking_cases() -> list[tuple[str, JSON, Ledger]]:
     ]
 
 
+# What "ours" and "naive" showed in three rounds, the ratio that was accepted, whether it fell.
+# fmt: off
+COMPARISONS = [
+    ("as fast as it was", True, (50, 50, 50), (10, 10, 10), 5.0, False),
+    ("much slower", True, (30, 30, 30), (10, 10, 10), 5.0, True),
+    ("a little slower, which is noise", True, (46, 46, 46), (10, 10, 10), 5.0, False),
+    ("slower, but for one round", True, (30, 30, 50), (10, 10, 10), 5.0, False),
+    ("slower, as the other was in the same round", True, (30, 50, 20), (6, 10, 4), 5.0, False),
+    ("takes longer", False, (8, 8, 8), (2, 2, 2), 3.0, True),
+    ("takes less", False, (4, 4, 4), (2, 2, 2), 3.0, False),
+    ("too slow to be measured", False, (None, None, None), (2, 2, 2), 3.0, True),
+    ("too slow once", False, (None, 6, 6), (2, 2, 2), 3.0, False),
+    ("nothing to compare with", False, (8, 8, 8), (0, 0, 0), 3.0, False),
+]
+# fmt: on
+
+
+def misjudged() -> list[str]:
+    """The names of the comparisons that .ci/bench judges otherwise."""
+    wrong = []
+    for name, more_is_better, ours, naive, accepted, wanted in COMPARISONS:
+        row = bench_table.Row("x", "load", lambda sample, _: sample["x"], more_is_better)
+        table = bench_table.Table("t", ("naive", "ours"), "ours", ("naive",), [row])
+        rounds = [
+            {side: {"load": bench_table.TOO_SLOW if x is None else {"x": x}} for side, x in pair}
+            for pair in ((("ours", o), ("naive", n)) for o, n in zip(ours, naive))
+        ]
+        if bool(bench_table.worse([table], rounds, {"t: x / naive": accepted})) != wanted:
+            wrong.append(name)
+    return wrong
+
+
 def main() -> int:
     fresh = Ledger()
     cases = [("", good, {}, fresh) for good in GOOD]
@@ -242,5 +278,8 @@ def main() -> int:
     counted = complaint(body(max_tokens=..., stream=True), {}, fresh, count=True)
     failed += counted != "stream: Extra inputs are not permitted"
     failed += not all(model_object(m)["capabilities"] for m in MODELS.values())
-    print(f"{len(cases) + 2} cases, {failed} failed")
+    for name in misjudged():
+        failed += 1
+        print(f"FAIL the bench misjudges: {name}")
+    print(f"{len(cases) + 2 + len(COMPARISONS)} cases, {failed} failed")
     return 1 if failed else 0
