@@ -85,6 +85,7 @@ from typing import (
     List,
     Match,
     NamedTuple,
+    NoReturn,
     Optional,
     Sequence,
     Set,
@@ -6025,7 +6026,7 @@ def ready_of(
         poll.register(sock, select.POLLIN)
     for sock in writers:
         poll.register(sock, select.POLLOUT)
-    milliseconds = min(max(0, math.ceil(timeout * 1000)), 1 << 30)
+    milliseconds = max(0, math.ceil(min(timeout, 1e6) * 1000))
     ready = {descriptor for descriptor, _ in poll.poll(milliseconds)}
     return [sock for sock in (*readers, *writers) if sock.fileno() in ready]
 
@@ -7318,11 +7319,21 @@ class ThinkingMemory:
         self._turns: OrderedDict[str, Tuple[List[JSON], int]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
+        self.tell: Optional[Callable[[bytes], None]] = None  # other processes, which `hear` it
 
     def remember(self, tool_use_ids: List[str], blocks: List[JSON]) -> None:
         """Keep `blocks` under each of the ids."""
         if not tool_use_ids or not blocks:
             return
+        self._keep(tool_use_ids, blocks)
+        if self.tell:
+            self.tell(dumps([tool_use_ids, blocks]))
+
+    def hear(self, told: bytes) -> None:
+        """Keep what another process was told to remember."""
+        self._keep(*loads(told))
+
+    def _keep(self, tool_use_ids: List[str], blocks: List[JSON]) -> None:
         size = len(dumps(blocks))
         with self._lock:
             for id in tool_use_ids:
@@ -7352,15 +7363,24 @@ class ResponseStore:
     LIMITS = {"memory": (64 << 20, 24)}  # bytes and hours
     FILE_LIMITS = (1 << 30, 30 * 24)
     LOCK_SECONDS = 0.5  # for another process to finish its transaction
+    patience = 0.0  # seconds for another process to write what is asked for
 
     def __init__(self, place: str = "memory", clock: Callable[[], float] = time.time) -> None:
         self.place = place
+        self._path = ":memory:" if place in ("memory", "off") else os.path.expanduser(place)
         self.max_bytes, self._hours = self.LIMITS.get(place, self.FILE_LIMITS)
         self._clock = clock
         self._lock = threading.Lock()
         self._connection: Optional[sqlite3.Connection] = None
         self._unsaved: Deque[Tuple[str, Sequence[JSON], JSON]] = deque()
         self._uncounted = self._room = 0  # bytes since all were counted, and until they are again
+
+    def share(self, path: str) -> None:
+        """Serve several processes, with a file at `path` for what would be in memory."""
+        self._path = path if self.place == "memory" else self._path
+        self.patience = self.LOCK_SECONDS
+        self.check()
+        self.close()  # a connection must not be taken along to another process
 
     def put(self, owner: str, items: Sequence[JSON], response: JSON) -> None:
         """Keep a response, with the items of its own request; `save` writes it, or what reads."""
@@ -7417,9 +7437,7 @@ class ResponseStore:
 
     def item(self, owner: str, id: str) -> Optional[JSON]:
         """Return an item of an earlier response."""
-        query = "SELECT response FROM items WHERE owner = ? AND id = ?"
-        with self._database() as database:
-            found = database.execute(query, (owner, id)).fetchone()
+        found = self._found("SELECT response FROM items WHERE owner = ? AND id = ?", owner, id)
         output = (self.response(owner, found[0]) or {"output": []})["output"] if found else []
         return next((item for item in output if item["id"] == id), None)
 
@@ -7440,13 +7458,22 @@ class ResponseStore:
 
     def _row(self, owner: str, id: str) -> Optional[Tuple[str, str, str]]:
         """The previous response, the input and the response itself."""
-        key = (owner, id)
         with self._database() as database:
             update = "UPDATE responses SET used = ? WHERE owner = ? AND id = ?"
-            database.execute(update, (self._clock(), *key))
-            query = "SELECT previous, input, response FROM responses WHERE owner = ? AND id = ?"
-            row: Optional[Tuple[str, str, str]] = database.execute(query, key).fetchone()
-            return row
+            database.execute(update, (self._clock(), owner, id))
+        query = "SELECT previous, input, response FROM responses WHERE owner = ? AND id = ?"
+        row: Optional[Tuple[str, str, str]] = self._found(query, owner, id)
+        return row
+
+    def _found(self, query: str, owner: str, id: str) -> Any:
+        """The row of a query; a client may name an answer before its process has written it."""
+        end = time.monotonic() + self.patience
+        while True:
+            with self._database() as database:
+                row = database.execute(query, (owner, id)).fetchone()
+            if row or time.monotonic() >= end:
+                return row
+            time.sleep(0.01)
 
     def check(self) -> None:
         """Open the database; StoreFault if that cannot be done."""
@@ -7463,8 +7490,7 @@ class ResponseStore:
         with self._lock:
             try:
                 if self._connection is None:
-                    path = ":memory:" if self.place in ("memory", "off") else self._file()
-                    wait = self.LOCK_SECONDS
+                    path, wait = self._file(), self.LOCK_SECONDS
                     database = sqlite3.connect(path, timeout=wait, check_same_thread=False)
                     self._connection = _with_tables(database)
                 with self._connection:
@@ -7474,10 +7500,10 @@ class ResponseStore:
                 raise StoreFault(f"the store of responses ({self.place}): {error}") from None
 
     def _file(self) -> str:
-        """The path of the file, which only its owner may read."""
-        path = os.path.expanduser(self.place)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        return path
+        """The path of the database, which only its owner may read."""
+        if self._path != ":memory:":
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+        return self._path
 
     def _forget(self, database: sqlite3.Connection, added: int) -> None:
         oldest = (self._clock() - self._hours * 3600,)
@@ -7965,6 +7991,11 @@ class App:
         self._health: Tuple[float, JSON] = (-math.inf, {})
         self.draining = False  # the server is about to stop
         self.later: Callable[[Callable[[], None]], None] = lambda work: work()  # what takes time
+
+    def start(self) -> None:
+        """Have credentials renewed before they end, from now on."""
+        for payer in self.payers():
+            payer.start()
 
     def close(self) -> None:
         """Let go of upstream and of the store."""
@@ -8700,6 +8731,23 @@ class ServerLimits(NamedTuple):
     wait_seconds: float = 60.0  # that long
     requests_per_second: float = 0.0  # none: as many as come
     drain_seconds: float = 30.0  # for running answers, when the server stops
+
+    def part(self, number: int, count: int) -> ServerLimits:
+        """Return the limits of one of `count` processes that serve together, by its number from 0.
+
+        Together they take as much as one; but connections count in each, as descriptors do.
+        """
+
+        def share(limit: int) -> int:
+            return limit * (number + 1) // count - limit * number // count
+
+        return self._replace(
+            max_held=max(self.max_body, share(self.max_held)),
+            max_concurrent=max(1, share(self.max_concurrent)),
+            max_large=max(1, share(self.max_large)),
+            max_waiting=share(self.max_waiting),
+            requests_per_second=self.requests_per_second / count,
+        )
 
 
 class Head(NamedTuple):
@@ -10197,9 +10245,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
             with contextlib.suppress(OSError):
                 self.request.close()
             self._hold(0)
-            self.server.connections.pop(self, None)
-            if self.server.draining and not self.server.connections:
-                self.server.emptied.set()
+            self.server.forget(self)
 
     @property
     def idle(self) -> bool:
@@ -10220,6 +10266,43 @@ _READ_BYTES = 64 << 10
 _CHUNKED_READ = 16 << 10  # which may be thousands of chunks, while others wait
 _LINGER_BYTES = 1 << 20
 _LINGER_SECONDS = 1.0
+
+
+class Letters(Party):
+    """What is remembered in one of several processes, told to the others.
+
+    Each has a box, a pair of datagram sockets: it reads from the first, all others write to the
+    second. What does not fit in is lost, which costs a thought, and nobody waits.
+    """
+
+    def __init__(
+        self, memory: ThinkingMemory, number: int, boxes: Sequence[Tuple[socket.socket, ...]]
+    ) -> None:
+        self._memory = memory
+        self.box = boxes[number][0]
+        self._others = [box[1] for box in boxes if box is not boxes[number]]
+        memory.tell = self._tell
+
+    def _tell(self, letter: bytes) -> None:
+        for other in self._others:
+            with contextlib.suppress(OSError):
+                other.send(letter)
+
+    def on_ready(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._memory.hear(self.box.recv(_LETTER_BYTES))
+
+
+_LETTER_BYTES = 1 << 20
+
+
+def letter_box() -> Tuple[socket.socket, socket.socket]:
+    """Return the two ends of a box for Letters; neither ever waits."""
+    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    for end in (reader, writer):
+        end.setblocking(False)
+    writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LETTER_BYTES)
+    return reader, writer
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -10247,6 +10330,9 @@ class Server(http.server.ThreadingHTTPServer):
     ) -> None:
         self.app, self.limits = app, limits
         self.allowed_hosts = frozenset(name.lower() for name in (*allowed_hosts, host))
+        self.part = (0, 1)  # which of how many processes that serve together
+        self._crowd: Union[List[int], memoryview] = [0]  # open connections of each of them
+        self._accepted = self._closed = 0
         self.draining = False
         self.connections: Dict[ClientConnection, None] = {}  # the relay's, as is what they hold:
         self.held = 0
@@ -10301,6 +10387,38 @@ class Server(http.server.ThreadingHTTPServer):
         if self.socket.family in _NETWORK:
             self.server_name, self.server_port = address[:2]
 
+    def take_part(
+        self, number: int, crowd: memoryview, boxes: Sequence[Tuple[socket.socket, ...]]
+    ) -> None:
+        """Be one of several servers on one socket, in a process that was forked before any served.
+
+        `crowd` is memory that all see, and `boxes` are for their Letters. All wake up for a
+        connection, and one of those that have the fewest takes it: left to chance (EPOLLEXCLUSIVE),
+        the first would take all of a burst. Sockets of their own (SO_REUSEPORT) would have queues,
+        which are lost with whoever dies.
+        """
+        self.part, self._crowd = (number, len(crowd)), crowd
+        self._count()
+        self.limits = self.gate.limits = self.limits.part(*self.part)
+        self._id_prefix = f"shim_{secrets.token_hex(8)}"
+        self._host = "fd"  # the socket is another's, as is the path of a Unix socket
+        self.socket.setblocking(False)
+        self.relay.stop()  # its selector is shared with the other process
+        self.relay = Relay(self.log_fault)
+        letters = Letters(self.app.memory, number, boxes)
+        self.relay.watch(letters.box, selectors.EVENT_READ, letters)
+
+    def _count(self) -> None:
+        self._crowd[self.part[0]] = self._accepted - self._closed
+
+    def forget(self, connection: ClientConnection) -> None:
+        """Count a connection no more."""
+        self.connections.pop(connection, None)
+        self._closed += 1
+        self._count()
+        if self.draining and not self.connections:
+            self.emptied.set()
+
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until `stop`."""
         self.relay.start()
@@ -10311,7 +10429,12 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             if len(self.connections) >= self.limits.max_connections:
                 raise OSError(errno.EMFILE, "too many connections")
-            return super().get_request()
+            if self._crowd[self.part[0]] > min(self._crowd):  # its server is awake, too, or busy
+                self._stopping.wait(_COURTESY_SECONDS)
+            accepted = super().get_request()
+            self._accepted += 1
+            self._count()
+            return accepted
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self.app.log.once("note: connections wait, as too many are open already")
@@ -10326,8 +10449,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a connection, without a thread of its own: the relay carries it."""
-        with contextlib.suppress(OSError):  # it was reset already
+        try:
             self.finish_request(request, client_address)
+        except OSError:  # it was reset already
+            self._accepted -= 1
 
     def new_request_id(self) -> str:
         """Return an id that no other request has; random bytes are drawn once, as they are slow."""
@@ -10400,6 +10525,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 _CUT_SECONDS = 2.0
+_COURTESY_SECONDS = 0.001
 _NETWORK = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -10479,6 +10605,7 @@ class Settings(NamedTuple):
     max_waiting: int
     requests_per_second: float
     drain_seconds: float
+    workers: int
     quiet: bool
 
 
@@ -10770,6 +10897,7 @@ OPTIONS: Tuple[Option, ...] = (
     Option("max-waiting", _count, "1024", "requests that may wait; others are refused", "N"),
     Option("requests-per-second", _rate, "0", "requests begun in a second; 0 is no limit", "N"),
     Option("drain-seconds", _seconds, "30", "seconds that a stop gives running answers", "S"),
+    Option("workers", _some, "1", "processes that serve, for several processor cores", "N"),
     Option("quiet", _flag, "no", "no line per request on standard error"),
 )
 
@@ -11386,7 +11514,12 @@ def policy_from(settings: Settings, keys: ClientKeys, fallback: Optional[Credent
 
 
 def limits_from(settings: Settings) -> ServerLimits:
-    """Return what the settings say about load."""
+    """Return what the settings say about load; ConfigError if that is too little for all."""
+    if settings.workers > 1 and not hasattr(os, "fork"):
+        raise ConfigError("--workers: this system cannot fork, so only one process can serve")
+    if settings.workers > settings.max_concurrent:
+        most = f"--max-concurrent is {settings.max_concurrent}"
+        raise ConfigError(f"--workers {settings.workers}: none would be left for some, {most}")
     return ServerLimits(
         max_body=settings.max_body,
         max_connections=max(16, descriptor_limit() // 2 - 32),  # one more each goes upstream
@@ -11416,15 +11549,14 @@ def server_from(
     app = App(upstream_from(settings), credential, policy_from(settings, keys, fallback), log)
     app.sealing_key_file = sealing_key_path(config or config_path(environment))
     if settings.responses_store not in ("off", "memory"):
-        _check_store(app.store)
+        with store_for_use():
+            app.store.check()
     limits, host = limits_from(settings), listening_host(settings, environment)
     try:
         server = Server(app, host, settings.port, limits=limits, allowed_hosts=settings.allow_host)
     except (OSError, OverflowError) as error:
         raise ConfigError(_cannot_listen(settings, error)) from None
     server.tls = context
-    for payer in app.payers():
-        payer.start()
     return server
 
 
@@ -11434,18 +11566,17 @@ def reconfigure(server: Server, settings: Settings, environment: Dict[str, str])
     ConfigError, and nothing changes, when a setting is wrong.
     """
     keys = client_keys_from(settings, environment)
+    limits = limits_from(settings).part(*server.part)
     app, former = server.app, server.app.payers()
     for payer in former:
         payer.settle()
     app.log.learn(secrets_of(settings, keys))
     credential, fallback = payers_from(settings, environment, app.log)
     app.credential, app.policy = credential, policy_from(settings, keys, fallback)
-    server.limits = server.gate.limits = limits_from(settings)
+    server.limits = server.gate.limits = limits
     server.relay.call(server.gate, functools.partial(server.gate.advance, server.relay))
     for payer in former:
         payer.close()
-    for payer in app.payers():
-        payer.start()
 
 
 def listening_host(settings: Settings, environment: Dict[str, str]) -> str:
@@ -11486,11 +11617,13 @@ def descriptor_limit() -> int:
     return wanted if soft == resource.RLIM_INFINITY else soft
 
 
-def _check_store(store: ResponseStore) -> None:
+@contextlib.contextmanager
+def store_for_use() -> Iterator[None]:
+    """Turn what is wrong with a store of responses into a ConfigError."""
     try:
-        store.check()
-    except StoreFault as error:
-        raise ConfigError(f"--responses-store: {error.message}") from None
+        yield
+    except (StoreFault, OSError) as error:
+        raise ConfigError(f"--responses-store: {error}") from None
 
 
 def _cannot_listen(settings: Settings, error: Exception, taker: str = "") -> str:
@@ -11556,16 +11689,242 @@ class Interrupts:
         raise KeyboardInterrupt
 
 
-def serve(server: Server, reload: Callable[[], None]) -> None:
+def serve(server: Server, reload: Callable[[], bool]) -> None:
     """Serve until SIGINT or SIGTERM, then let answers end; a second one ends at once."""
     interrupts = Interrupts()
     signal.signal(signal.SIGINT, interrupts)
     signal.signal(signal.SIGTERM, interrupts)
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda number, frame: threading.Thread(target=reload).start())
+        again = functools.partial(follow, server, reload)
+        signal.signal(signal.SIGHUP, lambda number, frame: threading.Thread(target=again).start())
+    serve_until_interrupted(server)
+
+
+def serve_until_interrupted(server: Server) -> None:
+    """Serve until a signal raises KeyboardInterrupt, then let answers end."""
     with contextlib.suppress(KeyboardInterrupt):
+        server.app.start()
         server.serve_forever(poll_interval=0.2)
     server.stop()
+
+
+def follow(server: Server, reload: Callable[[], bool]) -> None:
+    """Have a server that runs follow the settings as they are now."""
+    if reload():
+        server.app.start()
+        server.app.log.write("note: the configuration was read again")
+
+
+# --- several processes
+
+
+class Child(NamedTuple):
+    """A process that serves, as its parent sees it."""
+
+    pid: int
+    line: socket.socket  # to it, for the words below; its end is the end of the other side
+    began: float
+
+
+_READ_AGAIN, _END = b"r", b"e"
+
+
+class Supervisor:
+    """The parent of `count` processes that serve on one socket; it only looks after them.
+
+    It has no thread, since a fork takes none along. What a child is told comes over its line, not
+    by a signal, which a terminal or systemd may send to parent and children alike.
+    """
+
+    STEADY_SECONDS = 2.0  # who lives longer has not failed to start
+    MAX_FAILURES = 6  # in a row, while no child is steady
+    MAX_PAUSE = 10.0  # seconds before the next start
+
+    def __init__(self, server: Server, count: int, reload: Callable[[], bool]) -> None:
+        import mmap
+
+        self._server, self._reload = server, reload
+        self._crowd = memoryview(mmap.mmap(-1, 4 * count)).cast("I")
+        self._boxes = [letter_box() for _ in range(count)]
+        self._log = server.app.log
+        self._orphaned = False  # of a child
+        self._leavings = contextlib.ExitStack()  # what must be gone at the end
+        self._children: Dict[int, Child] = {}
+        self._due = dict.fromkeys(range(count), 0.0)  # when a child is to be started, by number
+        self._failures = 0
+        self._signalled, self._signals = socket.socketpair()
+        self._end = math.inf  # when those are killed that still drain
+        self._code = 0
+        self._on_signal = {
+            signal.SIGINT: self._stop,
+            signal.SIGTERM: self._stop,
+            signal.SIGHUP: self._tell_to_read,
+        }
+        self._signals.setblocking(False)
+        signal.set_wakeup_fd(self._signals.fileno())
+        for number in self._on_signal:
+            signal.signal(number, _nothing)  # `run` reads what came
+        server.app.sealing_key()  # which is random where it cannot be kept in a file
+        for end in (self._signals, self._signalled, *itertools.chain(*self._boxes)):
+            self._leavings.enter_context(end)
+        if server.app.store.place != "off":
+            with store_for_use():
+                self._share(server.app.store)
+
+    def _share(self, store: ResponseStore) -> None:
+        folder = ""
+        if store.place == "memory":
+            import tempfile
+
+            private = tempfile.TemporaryDirectory(prefix="claude-shim-")
+            folder = self._leavings.enter_context(private)
+        store.share(os.path.join(folder, "responses.sqlite3"))
+
+    def run(self) -> int:
+        """Serve until SIGINT or SIGTERM, then let answers end; returns the exit code."""
+        with self._leavings:
+            while self._children or self._due:
+                self._look_after()
+            signal.set_wakeup_fd(-1)
+        return self._code
+
+    def _look_after(self) -> None:
+        now = time.monotonic()
+        for number in list(self._due):
+            if self._due.get(number, math.inf) <= now:
+                self._start(number)
+        if now >= self._end:
+            self._kill()
+        lines = {child.line: number for number, child in self._children.items()}
+        next_due = min([self._end, *self._due.values()])
+        for sock in readable([self._signalled, *lines], next_due - now):
+            if sock in lines:
+                self._bury(lines[sock])
+            else:
+                for byte in sock.recv(64):
+                    self._on_signal[signal.Signals(byte)]()
+
+    # --- the beginning of a child
+
+    def _start(self, number: int) -> None:
+        del self._due[number]
+        ours, theirs = socket.socketpair()
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._on_signal)  # until it has its own handlers
+        try:
+            pid = os.fork()
+            if not pid:
+                ours.close()
+                self._be_a_child(number, theirs)
+        except OSError as error:
+            ours.close()
+            self._failed(number, f"could not be started ({error.strerror})")
+        else:
+            self._children[number] = Child(pid, ours, time.monotonic())
+        finally:
+            theirs.close()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._on_signal)
+
+    def _be_a_child(self, number: int, line: socket.socket) -> NoReturn:
+        code = 0
+        try:
+            self._serve_as(number, line)
+        except KeyboardInterrupt:
+            pass  # before it served
+        except Exception as error:
+            code = 1
+            self._server.log_fault(error, "worker")
+        finally:
+            os._exit(code)
+
+    def _serve_as(self, number: int, line: socket.socket) -> None:
+        self._leave_home()
+        self._server.take_part(number, self._crowd, self._boxes)
+        threading.Thread(target=self._listen, args=(line,), daemon=True).start()
+        serve_until_interrupted(self._server)
+        if self._orphaned:  # nobody else is left to do it
+            self._leavings.close()
+
+    def _leave_home(self) -> None:
+        """Let go of what is the parent's; above all of the lines to other children."""
+        signal.set_wakeup_fd(-1)
+        for sock in (self._signals, self._signalled, *(c.line for c in self._children.values())):
+            sock.close()
+        for number in self._on_signal:
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, interrupt_once)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._on_signal)
+
+    def _listen(self, line: socket.socket) -> None:
+        """What a child does beside serving: hear its parent, to its end."""
+        word = line.recv(1)
+        try:
+            while word == _READ_AGAIN:
+                follow(self._server, self._reload)
+                word = line.recv(1)
+        finally:
+            self._orphaned = not word
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # --- its end
+
+    def _bury(self, number: int) -> None:
+        child = self._children.pop(number)
+        child.line.close()
+        code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+        if self._end < math.inf:
+            self._code = self._code or int(code != 0)
+            return
+        if time.monotonic() - child.began >= self.STEADY_SECONDS:
+            self._failures = 0
+        self._failed(number, f"ended by {f'signal {-code}' if code < 0 else f'code {code}'}")
+
+    def _failed(self, number: int, how: str) -> None:
+        """Start another one in a while; or give up, when none comes to work."""
+        now = time.monotonic()
+        self._log.write(f"note: worker {number + 1} of {len(self._crowd)} {how}")
+        self._failures += 1
+        steady = any(now - c.began >= self.STEADY_SECONDS for c in self._children.values())
+        if self._failures >= self.MAX_FAILURES and not steady:
+            self._log.write("error: workers end as soon as they start, so this is the end")
+            self._code = 1
+            self._stop()
+        else:
+            self._due[number] = now + min(0.1 * 2**self._failures, self.MAX_PAUSE)
+
+    # --- signals
+
+    def _tell_to_read(self) -> None:
+        if self._reload():
+            self._tell(_READ_AGAIN)
+
+    def _tell(self, word: bytes) -> None:
+        for child in self._children.values():
+            with contextlib.suppress(OSError):  # it has just ended
+                child.line.send(word)
+
+    def _stop(self) -> None:
+        if self._end < math.inf:  # asked a second time
+            self._kill()
+            self._code = 130
+            return
+        self._due.clear()
+        self._end = time.monotonic() + self._server.limits.drain_seconds + _LAST_SECONDS
+        self._server.stop()
+        self._tell(_END)
+
+    def _kill(self) -> None:
+        for child in self._children.values():
+            os.kill(child.pid, signal.SIGKILL)
+        self._end = sys.float_info.max  # not twice
+
+
+_LAST_SECONDS = 90.0  # for children to cut what did not end, and to save a login just renewed
+
+
+def interrupt_once(number: int, frame: Any) -> None:
+    """Raise KeyboardInterrupt at the first signal of a kind; others say nothing new."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 # --- the commands: each returns its exit code
@@ -11637,20 +11996,25 @@ def run_server(call: Call) -> int:
         credential = credential_from(settings, environment, world)
         fallback_from(settings, environment, world, credential)
         client_keys_from(settings, environment)
+        limits_from(settings)
         upstream_from(settings).close()
         call.terminal.say(f"{shown_settings(settings)}\ncredential = {credential.describe()}")
         return 0
     server = server_from(settings, environment, sys.stderr, call.config)
 
-    def reload() -> None:
+    def reload() -> bool:
+        """Whether the settings are right, and so in use from now on."""
         try:
             now = call.settings_now() if call.settings_now else settings
             reconfigure(server, now, environment)
-            server.app.log.write("note: the configuration was read again")
         except ConfigError as error:
             server.app.log.write(f"note: the configuration stays as it was: {error}")
+            return False
+        return True
 
     call.terminal.say(welcome(server))
+    if settings.workers > 1:
+        return Supervisor(server, settings.workers, reload).run()
     serve(server, reload)
     return 0
 

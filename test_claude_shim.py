@@ -802,9 +802,9 @@ def test_the_pure_sections_name_no_clock_file_socket_thread_or_chance() -> None:
 # ----------------------------------------------------------------------
 
 
-def test_the_file_has_at_most_12300_lines() -> None:
+def test_the_file_has_at_most_12660_lines() -> None:
     lines = len(HOUSE.lines) - 1
-    assert lines <= 12300
+    assert lines <= 12660
 
 
 def test_no_function_is_longer_than_50_lines() -> None:
@@ -15488,6 +15488,22 @@ def test_store_in_a_file_lasts_and_is_for_its_owner_only(tmp_path: Path) -> None
         assert store.item("bob", "msg_r1") is None
 
 
+def test_store_in_memory_that_is_shared_is_a_file_and_waits_for_what_is_being_written(
+    tmp_path: Path,
+) -> None:
+    with a_store() as store, a_store() as beside:
+        for each in (store, beside):
+            each.share(str(tmp_path / "shared"))
+        store.put("ann", [{"n": 1}], stored("r1"))
+        writing = threading.Thread(target=store.save)
+        writing.start()
+        assert beside.history("ann", "r1") == [{"n": 1}, *stored("r1")["output"]]
+        writing.join()
+        assert beside.item("ann", "msg_r1") == stored("r1")["output"][0]
+        beside.patience = 0.0
+        assert beside.response("bob", "r1") is None
+
+
 def test_store_that_fails_costs_no_answer(tmp_path: Path) -> None:
     file = tmp_path / "responses.db"
     file.write_bytes(b"no database" * 100)
@@ -18423,6 +18439,58 @@ def test_work_that_takes_long_does_not_hold_up_other_requests() -> None:
         assert slow.answer().status == 200
 
 
+LIMIT_PARTS = [
+    case("one process has all", 1, 10, [10]),
+    case("shares that are equal", 2, 10, [5, 5]),
+    case("shares that are not", 4, 10, [2, 3, 2, 3]),
+    case("too little for all, where each must have some", 3, 2, [1, 1, 1]),
+]
+
+
+@pytest.mark.parametrize(("count", "limit", "expected"), LIMIT_PARTS)
+def test_processes_have_their_parts_of_a_limit(count: int, limit: int, expected: List[int]) -> None:
+    whole = shim.ServerLimits(max_concurrent=limit, max_large=limit)
+    parts = [whole.part(number, count) for number in range(count)]
+    assert [part.max_concurrent for part in parts] == expected
+    assert [part.max_large for part in parts] == expected
+
+
+def test_parts_of_limits_add_up() -> None:
+    whole = shim.ServerLimits(
+        max_body=7, max_held=100, max_waiting=2, requests_per_second=1.0, max_connections=5
+    )
+    parts = [whole.part(number, 4) for number in range(4)]
+    assert [part.max_waiting for part in parts] == [0, 1, 0, 1]
+    assert [part.requests_per_second for part in parts] == [0.25] * 4
+    assert [part.max_connections for part in parts] == [5] * 4  # descriptors are a process's own
+    assert [part.max_held for part in parts] == [25] * 4
+    assert whole._replace(max_body=60).part(0, 4).max_held == 60  # or no such body ever came in
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is one process only")
+def test_processes_tell_each_other_what_they_remember() -> None:
+    crowd = memoryview(bytearray(12)).cast("I")
+    boxes = [shim.letter_box() for _ in range(3)]
+    thinking = [{"type": "thinking", "thinking": "x" * 30_000, "signature": "s\u00f6"}]
+    servers = [shim.Server(app_on(FINE)[0]) for _ in boxes]
+    for number, server in enumerate(servers):
+        server.take_part(number, crowd, boxes)
+    with servers[0], servers[1], servers[2]:
+        first, *others = [server.app.memory for server in servers]
+        first.remember(["toolu_1", "toolu_2"], thinking)
+        deadline = time.monotonic() + PATIENCE
+        while not all(memory.recall("toolu_2") for memory in others):
+            assert time.monotonic() < deadline
+        recalled = [memory.recall("toolu_1") for memory in (first, *others)]
+        assert recalled == [thinking] * 3
+        assert first.tell is not None
+        for _ in range(2000):  # nobody waits for a box that is full
+            first.tell(b"[[],[]]")
+    for ends in boxes:
+        for end in ends:
+            end.close()
+
+
 def test_client_that_leaves_while_a_worker_has_its_request_frees_its_place() -> None:
     go, begun = threading.Event(), threading.Event()
 
@@ -18736,6 +18804,7 @@ def test_settings_without_any() -> None:
         "max_waiting": 1024,
         "requests_per_second": 0.0,
         "drain_seconds": 30.0,
+        "workers": 1,
         "quiet": False,
     }
 
@@ -19397,6 +19466,7 @@ def test_start_renews_a_login_by_itself_and_says_what_it_is(tmp_path: Path) -> N
     with FakeUpstream([GRANTED]) as fake:
         settings = settings_of("--port", "0", "--token-url", f"{fake.url}/token")
         with shim.server_from(settings, env, log) as server:
+            server.app.start()
             assert fake.asked.acquire(timeout=PATIENCE)
             text = shim.welcome(server)
     login = json.loads((tmp_path / BUNDLE_FILE).read_text())
@@ -19419,10 +19489,12 @@ def test_new_settings_end_the_renewal_of_the_former_credential(tmp_path: Path) -
     laid(tmp_path, {BUNDLE_FILE: LOGIN})
     env, log = {"HOME": str(tmp_path)}, io.StringIO()
     with shim.server_from(settings_of("--port", "0"), env, log) as server:
+        server.app.start()
         assert server.app.credential.describe().kind == "oauth-bundle"
         later = {**env, "ANTHROPIC_API_KEY": "sk-ant-api03-later"}
         settings = settings_of("--auth", "api-key", "--fallback-auth", "oauth-bundle")
         shim.reconfigure(server, settings, later)
+        server.app.start()
         assert [payer.describe().kind for payer in server.app.payers()] == [
             "api-key",
             "oauth-bundle",
@@ -20925,12 +20997,27 @@ def program(
 posix_only = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 
+def accepts(address: Any) -> bool:
+    try:
+        socket.create_connection(address, PATIENCE).close()
+    except ConnectionError:
+        return False
+    return True
+
+
+one_or_two = pytest.mark.parametrize("workers", [1, 2], ids=["alone", "two workers"])
+
+
 @posix_only
-def test_signal_lets_a_running_answer_end_and_a_second_one_does_not(tmp_path: Path) -> None:
+@one_or_two
+def test_signal_lets_a_running_answer_end_and_a_second_one_does_not(
+    tmp_path: Path, workers: int
+) -> None:
     key = {"ANTHROPIC_API_KEY": "sk-ant-api03-x"}
+    argv = ("--workers", str(workers))
     with (
         FakeUpstream([BEGUN, UNTIL_GONE]) as fake,
-        program(tmp_path, "--base-url", fake.url, **key) as (process, address),
+        program(tmp_path, "--base-url", fake.url, *argv, **key) as (process, address),
         socket.create_connection(address, PATIENCE) as client,
         socket.create_connection(address, PATIENCE) as idle,
     ):
@@ -20938,22 +21025,25 @@ def test_signal_lets_a_running_answer_end_and_a_second_one_does_not(tmp_path: Pa
         assert fake.stalled.acquire(timeout=PATIENCE)
         process.send_signal(signal.SIGTERM)
         assert idle.recv(1) == b""
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(address, PATIENCE)
+        while workers == 2 and accepts(address):  # until the other has heard of it, too
+            pass
+        assert not accepts(address)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE) == 130
+        process.communicate(timeout=PATIENCE)  # until nobody has the pipe any longer
+        assert process.returncode == 130
 
 
 @posix_only
-def test_hang_up_signal_reads_the_keys_again_and_drops_nothing(tmp_path: Path) -> None:
+@one_or_two
+def test_hang_up_signal_reads_the_keys_again_and_drops_nothing(
+    tmp_path: Path, workers: int
+) -> None:
     keys = tmp_path / "keys"
     keys.write_text("one\n")
+    argv = ("--upstream", "echo", "--client-key-file", str(keys), "--workers", str(workers))
     with (
-        program(tmp_path, "--upstream", "echo", "--client-key-file", str(keys)) as (
-            process,
-            address,
-        ),
+        program(tmp_path, *argv) as (process, address),
         socket.create_connection(address, PATIENCE) as client,
     ):
 
@@ -20968,7 +21058,8 @@ def test_hang_up_signal_reads_the_keys_again_and_drops_nothing(tmp_path: Path) -
         assert (status("one"), status("two")) == (b"200", b"401")
         keys.write_text("two\n")
         process.send_signal(signal.SIGHUP)
-        assert "read again" in read_until(process.stderr, "note: ")
+        for _ in range(workers):
+            assert "read again" in read_until(process.stderr, "note: ")
         assert (status("one"), status("two")) == (b"401", b"200")
         keys.write_text("\n")
         process.send_signal(signal.SIGHUP)
@@ -21002,9 +21093,11 @@ def test_plain_serving_does_not_import_what_few_need(tmp_path: Path) -> None:
 
 
 @posix_only
-def test_program_serves_on_a_unix_socket(tmp_path: Path) -> None:
+@one_or_two
+def test_program_serves_on_a_unix_socket(tmp_path: Path, workers: int) -> None:
     path = tmp_path / "s"
     command = [sys.executable, "-S", "-E", str(MODULE_FILE), "--upstream", "echo"]
+    command += ["--workers", str(workers)]
     with subprocess.Popen(
         [*command, "--unix", str(path)],
         env=bare_environment(tmp_path),
@@ -21021,6 +21114,174 @@ def test_program_serves_on_a_unix_socket(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=PATIENCE)
         assert process.returncode == 0
+        assert not path.exists()
+
+
+# --- as several processes
+
+
+class Address(NamedTuple):
+    """Where a server in another process listens, for a RawClient."""
+
+    server_address: Tuple[str, int]
+
+
+def worker_of(client: RawClient) -> str:
+    """Which process a client is connected to: what its ids of requests have in common."""
+    return client.send(HEALTH).answer().headers["x-request-id"].rpartition("_")[0]
+
+
+@contextlib.contextmanager
+def clients_of_two(address: Any) -> Iterator[Dict[str, RawClient]]:
+    """Clients that are connected to two processes, by process."""
+    found: Dict[str, RawClient] = {}
+    deadline = time.monotonic() + PATIENCE
+    with contextlib.ExitStack() as stack:
+        while len(found) < 2 and time.monotonic() < deadline:
+            client = stack.enter_context(RawClient(Address(address)))
+            found.setdefault(worker_of(client), client)
+        assert len(found) == 2
+        yield found
+
+
+TWO_WORKERS = ("--upstream", "echo", "--workers", "2")
+
+
+@posix_only
+def test_two_workers_know_the_same_responses_and_leave_nothing_behind(tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with program(tmp_path, *TWO_WORKERS, TMPDIR=str(temporary)) as (process, address):
+        with clients_of_two(address) as clients:
+            one, other = clients.values()
+            asking: JSON = {"model": "claude-opus-5-5", "input": "hi"}
+            for asked, then in ((one, other), (other, one), (one, other)):
+                made = json.loads(asked.send(raw_post(RESPONSES, asking)).answer().body)
+                asking = {**asking, "previous_response_id": made["id"]}
+                answer = then.send(raw_request(f"GET {RESPONSES}/{made['id']} HTTP/1.1")).answer()
+                assert json.loads(answer.body) == made
+        modes = [path.stat().st_mode & 0o777 for path in temporary.rglob("*.sqlite3")]
+        assert modes == [0o600]
+        process.send_signal(signal.SIGTERM)
+        lines = process.communicate(timeout=PATIENCE)[1].splitlines()
+        assert process.returncode == 0
+        assert list(temporary.iterdir()) == []
+    logged = re.compile(r"(GET|POST) /\S+ 200 [0-9.]+ms (shim_\w+_\w+) model=\S+ key=- ok")
+    matched = [logged.fullmatch(line) for line in lines]
+    assert None not in matched
+    assert len({match[2] for match in matched if match}) == len(lines) >= 8
+
+
+@posix_only
+def test_two_workers_let_running_answers_end(tmp_path: Path) -> None:
+    go = threading.Event()
+    key = {"ANTHROPIC_API_KEY": "sk-ant-api03-x"}
+    with (
+        FakeUpstream([BEGUN, go, in_chunks(LAST_EVENTS) + LAST_CHUNK]) as fake,
+        program(tmp_path, "--base-url", fake.url, "--workers", "2", **key) as (process, address),
+    ):
+        with clients_of_two(address) as clients, RawClient(Address(address)) as idle:
+            for client in clients.values():
+                client.send(POST_CHAT)
+                assert fake.stalled.acquire(timeout=PATIENCE)
+            process.send_signal(signal.SIGTERM)
+            assert idle.rest() == b""
+            go.set()
+            for client in clients.values():
+                assert_whole_chat(client.answer())
+        assert process.wait(PATIENCE) == 0
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="children are found in /proc")
+
+
+def children_of(pid: int) -> List[int]:
+    """The processes that a process forked."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@linux_only
+def test_worker_that_is_killed_is_replaced_and_the_other_goes_on(tmp_path: Path) -> None:
+    with program(tmp_path, *TWO_WORKERS, "--quiet") as (process, address):
+        with clients_of_two(address) as before:
+            os.kill(children_of(process.pid)[0], signal.SIGKILL)
+            assert process.stderr.readline() == "note: worker 1 of 2 ended by signal 9\n"
+            (gone,) = shim.readable([client.sock for client in before.values()], PATIENCE)
+            (left,) = [name for name, client in before.items() if client.sock is not gone]
+            assert worker_of(before[left]) == left
+            with clients_of_two(address) as after:
+                assert len(set(after) - set(before)) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=PATIENCE)[1] == ""
+        assert process.returncode == 0
+
+
+@linux_only
+def test_workers_whose_parent_is_killed_end_and_clean_up(tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with program(tmp_path, *TWO_WORKERS, TMPDIR=str(temporary)) as (process, address):
+        with clients_of_two(address) as clients:
+            process.kill()
+            assert [client.rest() for client in clients.values()] == [b"", b""]
+        process.communicate(timeout=PATIENCE)  # they have this pipe, too
+        assert list(temporary.iterdir()) == []
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, PATIENCE)
+
+
+@linux_only
+def test_worker_that_is_told_to_end_drains_and_is_replaced(tmp_path: Path) -> None:
+    """As systemd tells all processes of a service: twice is not at once here."""
+    with program(tmp_path, *TWO_WORKERS, "--quiet") as (process, address):
+        with clients_of_two(address):
+            first = children_of(process.pid)[0]
+        os.kill(first, signal.SIGTERM)
+        assert process.stderr.readline() == "note: worker 1 of 2 ended by code 0\n"
+        for pid in (*children_of(process.pid), process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+
+
+BROKEN_WORKERS = """\
+import sys, claude_shim
+
+class Broken(claude_shim.Server):
+    def take_part(self, number, crowd):
+        raise RuntimeError
+
+claude_shim.Supervisor.MAX_PAUSE = 0.0
+app = claude_shim.App(claude_shim.EchoUpstream(), log=claude_shim.Log(sys.stderr))
+sys.exit(claude_shim.Supervisor(Broken(app), 2, lambda: True).run())
+"""
+
+
+@posix_only
+def test_workers_that_cannot_start_are_no_endless_loop(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", BROKEN_WORKERS],
+        cwd=MODULE_FILE.parent,
+        env=bare_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert ran.returncode == 1
+    lines = ran.stderr.splitlines()
+    assert "error: workers end as soon as they start, so this is the end" in lines
+    assert len([line for line in lines if line.endswith(" of 2 ended by code 1")]) in (6, 7)
+
+
+def test_more_workers_than_requests_at_a_time_are_refused() -> None:
+    settings = settings_of("--upstream", "echo", "--workers", "3", "--max-concurrent", "2")
+    with pytest.raises(shim.ConfigError) as caught:
+        shim.limits_from(settings)
+    assert str(caught.value) == (
+        "--workers 3: none would be left for some, --max-concurrent is 2"
+        if hasattr(os, "fork")
+        else "--workers: this system cannot fork, so only one process can serve"
+    )
 
 
 # --- as a library
