@@ -10515,7 +10515,10 @@ class Server(http.server.ThreadingHTTPServer):
                 self.emptied.set()
 
         self.relay.call(Party(), begin)
-        self.emptied.wait(seconds)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:  # a signal that comes just before a wait does not end it
+            if self.emptied.wait(min(seconds, 0.2)):
+                break
 
     def __exit__(self, *exception: Any) -> None:
         self.stop()

