@@ -9998,12 +9998,11 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         except ShimError as error:
             self._refuse(error)
             return
-        if body is None:
-            self._listen()
-            return
-        self._hold(0)
-        self._deadline = math.inf
-        self._exchange_begins(body)
+        if body is not None:
+            self._hold(0)
+            self._deadline = math.inf
+            self._exchange_begins(body)
+        self._listen()
 
     def _read_head(self) -> None:
         limits = self.server.limits

@@ -18181,6 +18181,22 @@ def test_client_that_leaves_during_silence_is_noticed_s3_b10() -> None:
         assert fake.gone.wait(PATIENCE)
 
 
+def test_client_that_leaves_after_a_long_request_in_a_row_is_noticed() -> None:
+    long = {**ASKED, "messages": [{"role": "user", "content": "x" * 40_000}]}
+    with (
+        FakeUpstream([go := threading.Event(), WHOLE_STREAM], [UNTIL_GONE]) as fake,
+        shim.Server(app_before(fake.url)) as server,
+    ):
+        with RawClient(server) as client:
+            client.send(POST_CHAT)
+            assert fake.asked.acquire(timeout=PATIENCE)
+            client.send(raw_post("/v1/chat/completions", long))
+            wait_until(lambda: any(len(c._reader) > 40_000 for c in server.connections))
+            go.set()
+            assert fake.asked.acquire(timeout=PATIENCE)
+        assert fake.gone.wait(PATIENCE)
+
+
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
