@@ -11891,7 +11891,12 @@ class Supervisor:
             self._code = 1
             self._stop()
         else:
-            self._due[number] = now + min(0.1 * 2**self._failures, self.MAX_PAUSE)
+            self._due[number] = now + self.pause_after(self._failures)
+
+    @classmethod
+    def pause_after(cls, failures: int) -> float:
+        """Return the seconds until the next start after so many failures in a row."""
+        return min(0.1 * 2 ** min(failures, 10), cls.MAX_PAUSE)  # 2.0**1024 is an error
 
     # --- signals
 

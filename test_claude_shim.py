@@ -21289,6 +21289,12 @@ def test_workers_that_cannot_start_are_no_endless_loop(tmp_path: Path) -> None:
     assert len([line for line in lines if line.endswith(" of 2 ended by code 1")]) in (6, 7)
 
 
+def test_worker_that_fails_for_hours_is_started_again_all_the_same() -> None:
+    """Beside one that works: some thousand failures in a row ended the parent."""
+    pauses = [shim.Supervisor.pause_after(failures) for failures in (1, 2, 6, 7, 1024, 100_000)]
+    assert pauses == [0.2, 0.4, 6.4, 10.0, 10.0, 10.0]
+
+
 def test_more_workers_than_requests_at_a_time_are_refused() -> None:
     settings = settings_of("--upstream", "echo", "--workers", "3", "--max-concurrent", "2")
     with pytest.raises(shim.ConfigError) as caught:
