@@ -10283,7 +10283,7 @@ class Letters(Party):
         memory.tell = self._tell
 
     def _tell(self, letter: bytes) -> None:
-        for other in self._others:
+        for other in self._others if len(letter) <= _LETTER_BYTES else ():
             with contextlib.suppress(OSError):
                 other.send(letter)
 

@@ -18507,6 +18507,22 @@ def test_processes_tell_each_other_what_they_remember() -> None:
             end.close()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is one process only")
+def test_letter_that_would_be_cut_is_not_sent() -> None:
+    """Linux lets through twice the bytes that were set, if the system's limit allows those."""
+    boxes = [shim.letter_box() for _ in range(2)]
+    writer = boxes[0][1]
+    writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+    memories = [shim.ThinkingMemory() for _ in boxes]
+    first, _ = [shim.Letters(memory, n, boxes) for n, memory in enumerate(memories)]
+    for size in (1_100_000, 100):
+        memories[1].remember([f"toolu_{size}"], [{"type": "thinking", "thinking": "x" * size}])
+    first.on_ready()
+    assert [len(memories[0].recall(f"toolu_{size}")) for size in (1_100_000, 100)] == [0, 1]
+    for end in (*boxes[0], *boxes[1]):
+        end.close()
+
+
 def test_client_that_leaves_while_a_worker_has_its_request_frees_its_place() -> None:
     go, begun = threading.Event(), threading.Event()
 
