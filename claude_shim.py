@@ -10940,6 +10940,7 @@ def argument_parser(command: str = "serve") -> argparse.ArgumentParser:
         "CLAUDE_SHIM_BASE_URL) or in the section [claude_shim] of the configuration file. "
         f"Exit code: {COMMANDS[command].exit_codes}, 2 after a wrong setting.",
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--version", action="version", version=f"claude_shim {__version__}")
     parser.add_argument(
@@ -10967,7 +10968,11 @@ def parsed_words(command: str, words: Sequence[str]) -> argparse.Namespace:
     Of that no more than the name of an option is repeated: it may be a key.
     """
     parser = argument_parser(command)
-    arguments, wrong = parser.parse_known_args(words)
+    try:
+        arguments, wrong = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:  # which may quote a value at its end
+        said = re.split("['\"]", error.message)[0].rstrip()
+        parser.error(f"argument {error.argument_name}: {said}")
     if wrong:
         names = [word.partition("=")[0] for word in wrong]
         shown = ", ".join(name for name in names if re.fullmatch("--[A-Za-z_-]{1,40}", name))

@@ -19904,6 +19904,25 @@ def test_wrong_word_on_the_command_line_is_not_repeated_as_it_may_be_a_key(
 
 
 @pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        case("for a switch", ["--check-config=hunter2"], "argument --check-config: ignored"),
+        case("for a flag", ["--quiet=hun'ter2"], "argument --quiet: ignored"),
+        case("behind a letter", ["-hunter2"], "argument -h/--help: ignored"),
+    ],
+)
+def test_value_of_what_takes_none_is_not_repeated_as_it_may_be_a_key(
+    words: List[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        shim.main(words)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == f"claude_shim: error: {told} explicit argument"
+    assert not re.search("hun'?ter2", out + err)
+
+
+@pytest.mark.parametrize(
     ("argv", "env", "file", "source"),
     [
         case("on the command line", ["--api-key-file", "sk-ant-hunter2"], {}, {}, "--api-key-file"),
