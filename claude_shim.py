@@ -934,8 +934,12 @@ def newest_of_line(line: str, live: Sequence[Model]) -> str:
     return next(model.id for model in (*dated, *MODELS) if f"-{line}-" in model.id)
 
 
+_MAX_MODEL_NAME = 256  # or what is kept by name would be as large as requests may be
+
+
 def _is_claude(name: str) -> bool:
-    return bool(_ALIAS.match(name)) or "claude" in name.lower()
+    known = _ALIAS.match(name) or "claude" in name.lower()
+    return bool(known) and len(name) <= _MAX_MODEL_NAME
 
 
 def _no_such_model(name: str, aliases: Dict[str, str], live: Sequence[Model]) -> str:

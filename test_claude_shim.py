@@ -1913,7 +1913,9 @@ def test_resolved_model_id(
     assert shim.resolved_model_id(name, aliases, live) == expected
 
 
-@pytest.mark.parametrize("name", ["gpt-4o", "o3", "", "sonnets", "deepseek-chat", "gpt-4o" * 99])
+@pytest.mark.parametrize(
+    "name", ["gpt-4o", "o3", "", "sonnets", "deepseek-chat", "gpt-4o" * 99, "claude-" * 99]
+)
 def test_s2_f9_s4_b18_other_models_are_not_found(name: str) -> None:
     with pytest.raises(shim.ModelNotFoundError) as caught:
         shim.resolved_model_id(name, {"mine": "opus"}, LIVE)
