@@ -7366,7 +7366,8 @@ class ResponseStore:
 
     LIMITS = {"memory": (64 << 20, 24)}  # bytes and hours
     FILE_LIMITS = (1 << 30, 30 * 24)
-    LOCK_SECONDS = 0.5  # for another process to finish its transaction
+    LOCK_SECONDS = 5.0  # for other processes, in turn, to finish their transactions
+    SAVE_SECONDS = 0.5  # for another process to write what it has just answered
     patience = 0.0  # seconds for another process to write what is asked for
 
     def __init__(self, place: str = "memory", clock: Callable[[], float] = time.time) -> None:
@@ -7382,7 +7383,7 @@ class ResponseStore:
     def share(self, path: str) -> None:
         """Serve several processes, with a file at `path` for what would be in memory."""
         self._path = path if self.place == "memory" else self._path
-        self.patience = self.LOCK_SECONDS
+        self.patience = self.SAVE_SECONDS
         self.check()
         self.close()  # a connection must not be taken along to another process
 

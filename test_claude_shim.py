@@ -27,6 +27,7 @@ import secrets
 import select
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import statistics
@@ -15504,6 +15505,23 @@ def test_store_in_memory_that_is_shared_is_a_file_and_waits_for_what_is_being_wr
         assert beside.item("ann", "msg_r1") == stored("r1")["output"][0]
         beside.patience = 0.0
         assert beside.response("bob", "r1") is None
+
+
+def test_response_is_not_lost_while_others_write_to_the_store(tmp_path: Path) -> None:
+    """Four busy workers had each other wait for more than half a second."""
+    file = tmp_path / "shared"
+    with a_store() as store:
+        store.share(str(file))
+        other = sqlite3.connect(file, isolation_level=None)
+        with contextlib.closing(other):
+            other.execute("BEGIN IMMEDIATE")
+            store.put("ann", [], stored("r1"))
+            writing = threading.Thread(target=store.save)
+            writing.start()
+            writing.join(0.8)
+            other.execute("COMMIT")
+            writing.join()
+        assert store.response("ann", "r1") == stored("r1")
 
 
 def test_store_that_fails_costs_no_answer(tmp_path: Path) -> None:
