@@ -2767,9 +2767,9 @@ class TextRun(NamedTuple):
             return _NO_RUN
         prefix = start.group()
         rests = []
-        for block in itertools.islice(blocks, position, None):
-            rest = block.removeprefix(prefix)
-            if rest is block:
+        for at in range(position, len(blocks)):
+            rest = blocks[at].removeprefix(prefix)
+            if rest is blocks[at]:
                 break
             rests.append(rest)
         run = b"\n\n".join([*rests, b""])
