@@ -12029,9 +12029,10 @@ def run_server(call: Call) -> int:
             return False
         return True
 
+    supervisor = Supervisor(server, settings.workers, reload) if settings.workers > 1 else None
     call.terminal.say(welcome(server))
-    if settings.workers > 1:
-        return Supervisor(server, settings.workers, reload).run()
+    if supervisor:
+        return supervisor.run()
     serve(server, reload)
     return 0
 

@@ -21257,6 +21257,15 @@ def test_two_workers_know_the_same_responses_and_leave_nothing_behind(tmp_path: 
 
 
 @posix_only
+def test_workers_follow_signals_as_soon_as_the_program_says_that_it_serves(tmp_path: Path) -> None:
+    with program(tmp_path, *TWO_WORKERS) as (process, _):
+        process.send_signal(signal.SIGHUP)
+        assert process.stderr.readline() == "note: the configuration was read again\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+
+
+@posix_only
 def test_two_workers_let_running_answers_end(tmp_path: Path) -> None:
     go = threading.Event()
     key = {"ANTHROPIC_API_KEY": "sk-ant-api03-x"}
