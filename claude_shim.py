@@ -2223,8 +2223,9 @@ class Adapted(NamedTuple):
 def adapted(request: JSON, model: Model) -> Adapted:
     """Return `request` as `model` takes it: each rule drops or replaces what is a 400 there."""
     changed: List[str] = []
-    for rule in MODEL_RULES:
-        request = rule(request, model, changed)
+    for fields, rule in MODEL_RULES:
+        if not fields.isdisjoint(request):
+            request = rule(request, model, changed)
     return Adapted(request, tuple(dict.fromkeys(changed)))
 
 
@@ -2395,18 +2396,19 @@ def _default_max_tokens_rule(request: JSON, model: Model, changed: List[str]) ->
     return {"max_tokens": model.max_tokens, **request}
 
 
-MODEL_RULES: Tuple[Callable[[JSON, Model, List[str]], JSON], ...] = (
-    _max_tokens_rule,
-    _small_answer_rule,
-    _thinking_rule,
-    _effort_rule,
-    _sampling_rule,
-    _tool_choice_rule,
-    _system_message_rule,
-    _prefill_rule,
-    _structured_output_rule,
-    _strict_tools_rule,
-    _default_max_tokens_rule,
+# Each with the fields that it is about: without one of them it changes nothing.
+MODEL_RULES: Tuple[Tuple[FrozenSet[str], Callable[[JSON, Model, List[str]], JSON]], ...] = (
+    (frozenset({"max_tokens"}), _max_tokens_rule),
+    (frozenset({"max_tokens"}), _small_answer_rule),
+    (frozenset({"thinking"}), _thinking_rule),
+    (frozenset({"output_config"}), _effort_rule),
+    (frozenset({"temperature", "top_p", "top_k"}), _sampling_rule),
+    (frozenset({"tool_choice"}), _tool_choice_rule),
+    (frozenset({"messages"}), _system_message_rule),
+    (frozenset({"messages"}), _prefill_rule),
+    (frozenset({"output_config"}), _structured_output_rule),
+    (frozenset({"tools"}), _strict_tools_rule),
+    (frozenset({"messages"}), _default_max_tokens_rule),
 )
 
 _SCHEMA_REFUSED = r"[Ss]chema is too complex|recursive schemas"
@@ -6201,7 +6203,8 @@ class UpstreamResponse(NamedTuple):
 
     def header(self, name: str) -> str:
         """Return the value of a header field, or an empty string."""
-        return dict(reversed(self.headers)).get(name, "")
+        values = [value for key, value in self.headers if key == name]
+        return values[0] if values else ""
 
     def is_event_stream(self) -> bool:
         """Return whether the body is server-sent events."""
@@ -8816,7 +8819,7 @@ def parsed_head(head: bytes) -> Head:
     first = _REQUEST_LINE.match(head)
     if not first:
         raise ProtocolError("the request line is malformed")
-    method, target, version = (group.decode("ascii") for group in first.groups())
+    method, target, version = first.group().decode("ascii").split(" ")
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise VersionNotSupportedError(f"claude_shim speaks HTTP/1.1, not {version}")
     fields = header_fields(head[first.end() :])
@@ -9879,6 +9882,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         sock.setblocking(False)
         self._reader = RequestReader(self.server.limits)
         self._head: Optional[Head] = None  # of the request that is read or answered
+        self._fields: Dict[str, str] = {}  # of it
         self._exchange: Optional[Exchange] = None
         self._out: Deque[memoryview] = deque()
         self.backlog = 0  # bytes of it
@@ -10021,9 +10025,9 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         self._started = time.monotonic()
         self._head, self._open = head, head.keeps_alive() and not self.server.draining
         self._request_id = self._id_of(head)
-        headers = head.headers()
+        self._fields = head.headers()
         check_origin(head, self.server.allowed_hosts, self.server.app.policy.allowed_origins)
-        self._key_name = self.server.app.admit(head.method, head.target, headers)
+        self._key_name = self.server.app.admit(head.method, head.target, self._fields)
         framing = request_framing(head, limits.max_body)
         self._reader.expect(framing)
         self._body_deadline = self._started + limits.body_seconds
@@ -10063,7 +10067,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         head = self._head
         assert head is not None
         watch = ClientWatch(self.request)
-        asked = (head.method, head.target, head.headers(), body, self._request_id, watch)
+        asked = (head.method, head.target, self._fields, body, self._request_id, watch)
         request = Request(*asked, self._key_name)
         self._exchange = exchange = Exchange(self, request, content_coding(head))
         try:

@@ -369,8 +369,8 @@ class Bench:
         bare.write_text(BARE)
         tool = [self.upstream_tool, self.pieces, options.burst]
 
-        def translator(script: object, *more: str) -> Callable:
-            command = [options.python, script, "--base-url", self.upstream_url, *more, "--port"]
+        def translator(*script: object) -> Callable:
+            command = [options.python, *script, "--base-url", self.upstream_url, "--port"]
             return lambda port: [*command, port]
 
         # As many streams at once as the bench opens: ours has a limit where the others have none.
@@ -381,10 +381,17 @@ class Bench:
         yield self.kind("bare", lambda port: [options.python, bare, port], one)
         yield self.kind("naive", translator(options.naive), one, "chat")
         yield self.kind("ours", translator(*shim), one, "chat")
+        yield self._cached(copy, translator("-m", "claude_shim"), one)
         yield self.kind("1 worker", translator(*shim), both, "chat")
         yield self.kind("2 workers", translator(*shim, "--workers", "2"), both, "chat")
         if options.nginx:
             yield self.kind("nginx", self._nginx, one)
+
+    def _cached(self, shim: str, command: Callable, cores: Any) -> Kind:
+        """Ours in the form that Python keeps, as an installed command starts it, too."""
+        subprocess.run([self.options.python, "-m", "py_compile", shim], check=True)
+        env = {**self.env, "PYTHONPATH": str(self.folder)}
+        return Kind("ours -m", command, "chat", tuple(cores), env)
 
     def kind(self, name: str, command: Callable, cores: Any, dialect: str = "messages") -> Kind:
         return Kind(name, command, dialect, tuple(cores), self.env)

@@ -83,6 +83,7 @@ FASTAPI = 2.65 / 2.99
 GO_BODY = 13.3 / 17
 GO_EVENTS, GO_EVENTS_32 = 44_783 / 2_313_508, 45_085 / 1_801_538
 
+MEMORY = Row("resident idle, MiB", "start", mib, targets=[Target(30, "", "6.8")])
 MAIN = (
     Row("added latency p50, ms", "requests 1", added_ms("p50_us"), targets=[
         Target(4, "nginx", "6.1"),
@@ -123,7 +124,7 @@ MAIN = (
     Row("token delay p99, ms, 600 at 20 ms", "600 at 20 ms", ms("delay_p99_us"), targets=[
         Target(10, "", "6.6"),
     ], allowance=1),
-    Row("resident idle, MiB", "start", mib, targets=[Target(30, "", "6.8")]),
+    MEMORY,
     Row("KiB a stream, 1,000 streams", "1000 at 50 ms", kib_a_stream, targets=[
         Target(40, "", "6.8"),
     ]),
@@ -170,6 +171,8 @@ TABLES = (
     Table("chat", ("upstream", "nginx", "naive", "ours"), "ours", ("nginx", "naive"),
           MAIN),
     Table("start", ("bare", "nginx", "naive", "ours"), "ours", ("bare", "naive"), START),
+    Table("start, cached", ("bare", "ours", "ours -m"), "ours -m", ("bare", "ours"),
+          (*START, MEMORY)),
     Table("workers", ("nginx", "1 worker", "2 workers"), "2 workers", ("1 worker", "nginx"),
           WORKERS),
     Table("Responses", ("nginx", "ours", "Responses"), "Responses", ("ours", "nginx"), RESPONSES),
