@@ -934,12 +934,9 @@ def newest_of_line(line: str, live: Sequence[Model]) -> str:
     return next(model.id for model in (*dated, *MODELS) if f"-{line}-" in model.id)
 
 
-_MAX_MODEL_NAME = 256  # or what is kept by name would be as large as requests may be
-
-
 def _is_claude(name: str) -> bool:
     known = _ALIAS.match(name) or "claude" in name.lower()
-    return bool(known) and len(name) <= _MAX_MODEL_NAME
+    return bool(known) and len(name) <= 256  # models are kept by name, so it must not be large
 
 
 def _no_such_model(name: str, aliases: Dict[str, str], live: Sequence[Model]) -> str:
@@ -11910,7 +11907,7 @@ class Supervisor:
     @classmethod
     def pause_after(cls, failures: int) -> float:
         """Return the seconds until the next start after so many failures in a row."""
-        return min(0.1 * 2 ** min(failures, 10), cls.MAX_PAUSE)  # 2.0**1024 is an error
+        return min(0.1 * (1 << min(failures, 10)), cls.MAX_PAUSE)  # no float holds 2**1024
 
     # --- signals
 
