@@ -11702,20 +11702,24 @@ class Interrupts:
         raise KeyboardInterrupt
 
 
-def serve(server: Server, reload: Callable[[], bool]) -> None:
-    """Serve until SIGINT or SIGTERM, then let answers end; a second one ends at once."""
+def serve(server: Server, reload: Callable[[], bool], ready: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then let answers end; a second one ends at once.
+
+    `ready` is called when signals are heeded.
+    """
     interrupts = Interrupts()
     signal.signal(signal.SIGINT, interrupts)
     signal.signal(signal.SIGTERM, interrupts)
     if hasattr(signal, "SIGHUP"):
         again = functools.partial(follow, server, reload)
         signal.signal(signal.SIGHUP, lambda number, frame: threading.Thread(target=again).start())
-    serve_until_interrupted(server)
+    serve_until_interrupted(server, ready)
 
 
-def serve_until_interrupted(server: Server) -> None:
+def serve_until_interrupted(server: Server, ready: Callable[[], None]) -> None:
     """Serve until a signal raises KeyboardInterrupt, then let answers end."""
     with contextlib.suppress(KeyboardInterrupt):
+        ready()
         server.app.start()
         server.serve_forever(poll_interval=0.2)
     server.stop()
@@ -11793,9 +11797,10 @@ class Supervisor:
             folder = self._leavings.enter_context(private)
         store.share(os.path.join(folder, "responses.sqlite3"))
 
-    def run(self) -> int:
+    def run(self, ready: Callable[[], None]) -> int:
         """Serve until SIGINT or SIGTERM, then let answers end; returns the exit code."""
         with self._leavings:
+            ready()
             while self._children or self._due:
                 self._look_after()
             signal.set_wakeup_fd(-1)
@@ -11853,7 +11858,7 @@ class Supervisor:
         self._leave_home()
         self._server.take_part(number, self._crowd, self._boxes)
         threading.Thread(target=self._listen, args=(line,), daemon=True).start()
-        serve_until_interrupted(self._server)
+        serve_until_interrupted(self._server, _nothing)
         if self._orphaned:  # nobody else is left to do it
             self._leavings.close()
 
@@ -12030,11 +12035,10 @@ def run_server(call: Call) -> int:
             return False
         return True
 
-    supervisor = Supervisor(server, settings.workers, reload) if settings.workers > 1 else None
-    call.terminal.say(welcome(server))
-    if supervisor:
-        return supervisor.run()
-    serve(server, reload)
+    ready = functools.partial(call.terminal.say, welcome(server))
+    if settings.workers > 1:
+        return Supervisor(server, settings.workers, reload).run(ready)
+    serve(server, reload, ready)
     return 0
 
 
