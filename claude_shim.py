@@ -935,7 +935,8 @@ def newest_of_line(line: str, live: Sequence[Model]) -> str:
 
 
 def _is_claude(name: str) -> bool:
-    return bool(_ALIAS.match(name)) or "claude" in name.lower()
+    known = _ALIAS.match(name) or "claude" in name.lower()
+    return bool(known) and len(name) <= 256  # models are kept by name, so it must not be large
 
 
 def _no_such_model(name: str, aliases: Dict[str, str], live: Sequence[Model]) -> str:
@@ -2765,9 +2766,9 @@ class TextRun(NamedTuple):
             return _NO_RUN
         prefix = start.group()
         rests = []
-        for block in itertools.islice(blocks, position, None):
-            rest = block.removeprefix(prefix)
-            if rest is block:
+        for at in range(position, len(blocks)):
+            rest = blocks[at].removeprefix(prefix)
+            if rest is blocks[at]:
                 break
             rests.append(rest)
         run = b"\n\n".join([*rests, b""])
@@ -7365,7 +7366,8 @@ class ResponseStore:
 
     LIMITS = {"memory": (64 << 20, 24)}  # bytes and hours
     FILE_LIMITS = (1 << 30, 30 * 24)
-    LOCK_SECONDS = 0.5  # for another process to finish its transaction
+    LOCK_SECONDS = 5.0  # for other processes, in turn, to finish their transactions
+    SAVE_SECONDS = 0.5  # for another process to write what it has just answered
     patience = 0.0  # seconds for another process to write what is asked for
 
     def __init__(self, place: str = "memory", clock: Callable[[], float] = time.time) -> None:
@@ -7381,7 +7383,7 @@ class ResponseStore:
     def share(self, path: str) -> None:
         """Serve several processes, with a file at `path` for what would be in memory."""
         self._path = path if self.place == "memory" else self._path
-        self.patience = self.LOCK_SECONDS
+        self.patience = self.SAVE_SECONDS
         self.check()
         self.close()  # a connection must not be taken along to another process
 
@@ -10002,12 +10004,11 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         except ShimError as error:
             self._refuse(error)
             return
-        if body is None:
-            self._listen()
-            return
-        self._hold(0)
-        self._deadline = math.inf
-        self._exchange_begins(body)
+        if body is not None:
+            self._hold(0)
+            self._deadline = math.inf
+            self._exchange_begins(body)
+        self._listen()
 
     def _read_head(self) -> None:
         limits = self.server.limits
@@ -10288,7 +10289,7 @@ class Letters(Party):
         memory.tell = self._tell
 
     def _tell(self, letter: bytes) -> None:
-        for other in self._others:
+        for other in self._others if len(letter) <= _LETTER_BYTES else ():
             with contextlib.suppress(OSError):
                 other.send(letter)
 
@@ -10945,6 +10946,7 @@ def argument_parser(command: str = "serve") -> argparse.ArgumentParser:
         "CLAUDE_SHIM_BASE_URL) or in the section [claude_shim] of the configuration file. "
         f"Exit code: {COMMANDS[command].exit_codes}, 2 after a wrong setting.",
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--version", action="version", version=f"claude_shim {__version__}")
     parser.add_argument(
@@ -10972,7 +10974,11 @@ def parsed_words(command: str, words: Sequence[str]) -> argparse.Namespace:
     Of that no more than the name of an option is repeated: it may be a key.
     """
     parser = argument_parser(command)
-    arguments, wrong = parser.parse_known_args(words)
+    try:
+        arguments, wrong = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:  # which may quote a value at its end
+        said = re.split("['\"]", error.message)[0].rstrip()
+        parser.error(f"argument {error.argument_name}: {said}")
     if wrong:
         names = [word.partition("=")[0] for word in wrong]
         shown = ", ".join(name for name in names if re.fullmatch("--[A-Za-z_-]{1,40}", name))
@@ -11696,20 +11702,24 @@ class Interrupts:
         raise KeyboardInterrupt
 
 
-def serve(server: Server, reload: Callable[[], bool]) -> None:
-    """Serve until SIGINT or SIGTERM, then let answers end; a second one ends at once."""
+def serve(server: Server, reload: Callable[[], bool], ready: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then let answers end; a second one ends at once.
+
+    `ready` is called when signals are heeded.
+    """
     interrupts = Interrupts()
     signal.signal(signal.SIGINT, interrupts)
     signal.signal(signal.SIGTERM, interrupts)
     if hasattr(signal, "SIGHUP"):
         again = functools.partial(follow, server, reload)
         signal.signal(signal.SIGHUP, lambda number, frame: threading.Thread(target=again).start())
-    serve_until_interrupted(server)
+    serve_until_interrupted(server, ready)
 
 
-def serve_until_interrupted(server: Server) -> None:
+def serve_until_interrupted(server: Server, ready: Callable[[], None]) -> None:
     """Serve until a signal raises KeyboardInterrupt, then let answers end."""
     with contextlib.suppress(KeyboardInterrupt):
+        ready()
         server.app.start()
         server.serve_forever(poll_interval=0.2)
     server.stop()
@@ -11787,9 +11797,10 @@ class Supervisor:
             folder = self._leavings.enter_context(private)
         store.share(os.path.join(folder, "responses.sqlite3"))
 
-    def run(self) -> int:
+    def run(self, ready: Callable[[], None]) -> int:
         """Serve until SIGINT or SIGTERM, then let answers end; returns the exit code."""
         with self._leavings:
+            ready()
             while self._children or self._due:
                 self._look_after()
             signal.set_wakeup_fd(-1)
@@ -11847,7 +11858,7 @@ class Supervisor:
         self._leave_home()
         self._server.take_part(number, self._crowd, self._boxes)
         threading.Thread(target=self._listen, args=(line,), daemon=True).start()
-        serve_until_interrupted(self._server)
+        serve_until_interrupted(self._server, _nothing)
         if self._orphaned:  # nobody else is left to do it
             self._leavings.close()
 
@@ -11896,7 +11907,12 @@ class Supervisor:
             self._code = 1
             self._stop()
         else:
-            self._due[number] = now + min(0.1 * 2**self._failures, self.MAX_PAUSE)
+            self._due[number] = now + self.pause_after(self._failures)
+
+    @classmethod
+    def pause_after(cls, failures: int) -> float:
+        """Return the seconds until the next start after so many failures in a row."""
+        return min(0.1 * (1 << min(failures, 10)), cls.MAX_PAUSE)  # no float holds 2**1024
 
     # --- signals
 
@@ -12019,10 +12035,10 @@ def run_server(call: Call) -> int:
             return False
         return True
 
-    call.terminal.say(welcome(server))
+    ready = functools.partial(call.terminal.say, welcome(server))
     if settings.workers > 1:
-        return Supervisor(server, settings.workers, reload).run()
-    serve(server, reload)
+        return Supervisor(server, settings.workers, reload).run(ready)
+    serve(server, reload, ready)
     return 0
 
 
