@@ -6238,19 +6238,22 @@ def parsed_response_head(head: bytes) -> Tuple[int, HeaderList]:
     status = _STATUS_LINE.fullmatch(first)
     if status is None:
         raise UpstreamCutError(_NO_HTTP)
-    return int(status.group(1)), [_known_field(line) for line in lines]
+    return int(status.group(1)), [
+        _known_field(line) if len(line) < 200 else _field(line) for line in lines
+    ]
 
 
 _NO_HTTP = "upstream did not answer in HTTP/1.1"
 
 
-@functools.lru_cache(maxsize=512)
-def _known_field(line: bytes) -> Tuple[str, str]:
-    """One header field; most lines of upstream's come again and again, to the byte."""
+def _field(line: bytes) -> Tuple[str, str]:
     fields = header_fields(b"\r\n" + line)
     if fields is None:
         raise UpstreamCutError(_NO_HTTP)
     return fields[0]
+
+
+_known_field = functools.lru_cache(maxsize=512)(_field)  # most lines come again and again
 
 
 class Framing(NamedTuple):
@@ -11810,7 +11813,10 @@ class Supervisor:
         now = time.monotonic()
         for number in list(self._due):
             if self._due.get(number, math.inf) <= now:
-                self._start(number)
+                try:
+                    self._start(number)
+                except OSError as error:  # no process, or no descriptor, is left
+                    self._failed(number, f"could not be started ({error.strerror})")
         if now >= self._end:
             self._kill()
         lines = {child.line: number for number, child in self._children.items()}
@@ -11833,9 +11839,9 @@ class Supervisor:
             if not pid:
                 ours.close()
                 self._be_a_child(number, theirs)
-        except OSError as error:
+        except OSError:
             ours.close()
-            self._failed(number, f"could not be started ({error.strerror})")
+            raise
         else:
             self._children[number] = Child(pid, ours, time.monotonic())
         finally:
