@@ -6417,18 +6417,15 @@ class UpstreamConnection(Source):
         if self._at_end():
             self._finished = True
             return b""
-        burst, self._buffer = self._buffer or self._receive(), b""
+        try:
+            burst, self._buffer = self._buffer or received_now(self.sock, _BURST), b""
+        except OSError as error:
+            raise UpstreamCutError(f"the connection to upstream broke: {error}") from None
         body = None if burst is None else self._decoded(burst)
         return body or (b"" if self._at_end() else None)
 
     def _at_end(self) -> bool:
         return self._finished or self._left == 0 or (self._chunks is not None and self._chunks.done)
-
-    def _receive(self) -> Optional[bytes]:
-        try:
-            return received_now(self.sock, _BURST)
-        except OSError as error:
-            raise UpstreamCutError(f"the connection to upstream broke: {error}") from None
 
     def _decoded(self, burst: bytes) -> bytes:
         if self._chunks is None and self._left is None:
@@ -9141,8 +9138,7 @@ class Relay:
     def __init__(self, on_fault: Callable[[Exception, str], None]) -> None:
         self._on_fault = on_fault
         self._selector = selectors.DefaultSelector()
-        self._keys = self._selector.get_map()  # as they are at any time
-        self._watched: Set[socket.socket] = set()
+        self._watched: Dict[object, selectors.SelectorKey] = {}  # by socket
         self._calls: Deque[Tuple[Party, Callable[[], None]]] = deque()
         self._due: List[Tuple[float, int, Party]] = []  # a heap
         self._enough = 1000  # entries, before those are left out that count no more
@@ -9184,16 +9180,12 @@ class Relay:
 
     def watch(self, sock: socket.socket, events: int, party: Party) -> None:
         """Tell `party` when its socket is ready; replaces what was said of the socket before."""
-        if sock in self._watched:
-            self._selector.modify(sock, events, party)
-        else:
-            self._watched.add(sock)
-            self._selector.register(sock, events, party)
+        tell = self._selector.modify if sock in self._watched else self._selector.register
+        self._watched[sock] = tell(sock, events, party)
 
     def unwatch(self, sock: socket.socket) -> None:
         """Look at a socket no more."""
-        if sock in self._watched:
-            self._watched.remove(sock)
+        if self._watched.pop(sock, None):
             self._selector.unregister(sock)
 
     def remind(self, when: float, party: Party) -> None:
@@ -9210,16 +9202,15 @@ class Relay:
         nobody = Party()
         while not self._ended:
             self._guarded(nobody, self._turn)
-        for key in list(self._keys.values()):
-            if key.data is not None:
-                self._guarded(key.data, key.data.abort)
+        for key in list(self._watched.values()):
+            self._guarded(key.data, key.data.abort)
 
     def _turn(self) -> None:
         ready = self._selector.select(self._patience())
         for key, _ in ready:
             if key.data is None:
                 self._wakened.recv(1 << 12)
-            elif len(ready) == 1 or self._keys.get(key.fd) == key:  # else one before ended it
+            elif self._watched.get(key.fileobj) is key:  # else one before it ended or changed that
                 self._guarded(key.data, key.data.on_ready)
         for _ in range(len(self._calls)):
             self._guarded(*self._calls.popleft())
@@ -10162,8 +10153,9 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
 
     def _flush(self) -> None:
         while self._out:
+            piece = self._out[0]
             try:
-                sent = sent_now(self.request, self._out[0])
+                sent = sent_now(self.request, piece)
             except OSError:
                 self._out.clear()
                 self._hung_up()
@@ -10172,9 +10164,10 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
                 break
             self._sent_at = time.monotonic()
             self.backlog -= sent
-            self._out[0] = self._out[0][sent:]
-            if not self._out[0]:
+            if sent == len(piece):
                 self._out.popleft()
+            else:
+                self._out[0] = piece[sent:]
         if bool(self._out) != bool(self._events & selectors.EVENT_WRITE):
             self._listen()
         if self._ending and not self._out:
