@@ -10932,17 +10932,23 @@ def sealing_key_path(config: str) -> str:
     return os.path.join(folder, "sealing.key")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Quotes no value when it complains: it may be a key."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.split("['\"]", message)[0].rstrip())
+
+
 def argument_parser(command: str = "serve") -> argparse.ArgumentParser:
     """Return the parser for what follows a word of COMMANDS: its switches, and OPTIONS."""
     others = ", ".join(name for name in COMMANDS if name != command)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="claude_shim" if command == "serve" else f"claude_shim {command}",
         description=f"{COMMANDS[command].help}. Other commands: {others}.",
         epilog="Each option can also be set by an environment variable (--base-url by "
         "CLAUDE_SHIM_BASE_URL) or in the section [claude_shim] of the configuration file. "
         f"Exit code: {COMMANDS[command].exit_codes}, 2 after a wrong setting.",
         allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("--version", action="version", version=f"claude_shim {__version__}")
     parser.add_argument(
@@ -10970,11 +10976,7 @@ def parsed_words(command: str, words: Sequence[str]) -> argparse.Namespace:
     Of that no more than the name of an option is repeated: it may be a key.
     """
     parser = argument_parser(command)
-    try:
-        arguments, wrong = parser.parse_known_args(words)
-    except argparse.ArgumentError as error:  # which may quote a value at its end
-        said = re.split("['\"]", error.message)[0].rstrip()
-        parser.error(f"argument {error.argument_name}: {said}")
+    arguments, wrong = parser.parse_known_args(words)
     if wrong:
         names = [word.partition("=")[0] for word in wrong]
         shown = ", ".join(name for name in names if re.fullmatch("--[A-Za-z_-]{1,40}", name))
