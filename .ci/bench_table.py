@@ -3,8 +3,7 @@
 A ratio is taken within a round; the median over the rounds is what a target is compared with.
 
 A row got worse when even the best of its rounds is worse than the accepted ratio by more than the
-row's allowance (10 %, for a p99 100 %: it hangs on few events), and that against every side
-it has an accepted ratio to. So the noise is what this run shows: the wider the rounds spread, the
+row's allowance (10 %), and that against every side it has an accepted ratio to. So the noise is what this run shows: the wider the rounds spread, the
 nearer their best is to what it was. And a base that had a good day makes nothing of ours worse.
 """
 
@@ -114,16 +113,18 @@ MAIN = (
     Row("CPU ms/1,000 tokens, 300 at 20 ms", "300 at 20 ms", cpu_us_per("events_in_time"), targets=[
         Target(1.9, "nginx", "6.7"),
     ]),
-    Row("token delay p99, ms, 300 at 20 ms", "300 at 20 ms", ms("delay_p99_us"), allowance=1),
+    # No p99 is compared with what was accepted: on a shared machine it is the machine's, and that
+    # of the same nginx was 1.4, 9.5 and 21 ms within a day.
+    Row("token delay p99, ms, 300 at 20 ms", "300 at 20 ms", ms("delay_p99_us"), allowance=None),
     Row("added token delay p99, ms", "300 at 20 ms", added_ms("delay_p99_us"), targets=[
         Target(5, "", "6.5"),
     ], allowance=None),
     Row("token delay p99, ms, 1,000 at 50 ms", "1000 at 50 ms", ms("delay_p99_us"), targets=[
         Target(5, "", "6.6"),
-    ], allowance=1),
+    ], allowance=None),
     Row("token delay p99, ms, 600 at 20 ms", "600 at 20 ms", ms("delay_p99_us"), targets=[
         Target(10, "", "6.6"),
-    ], allowance=1),
+    ], allowance=None),
     MEMORY,
     Row("KiB a stream, 1,000 streams", "1000 at 50 ms", kib_a_stream, targets=[
         Target(40, "", "6.8"),
