@@ -3,8 +3,9 @@
 A ratio is taken within a round; the median over the rounds is what a target is compared with.
 
 A row got worse when even the best of its rounds is worse than the accepted ratio by more than the
-row's allowance (10 %), and that against every side it has an accepted ratio to. So the noise is what this run shows: the wider the rounds spread, the
-nearer their best is to what it was. And a base that had a good day makes nothing of ours worse.
+row's allowance (10 %), and that against every side it has an accepted ratio to. So the noise is
+what this run shows: the wider the rounds spread, the nearer their best is to what it was. And a
+base that had a good day makes nothing of ours worse.
 """
 
 from __future__ import annotations
