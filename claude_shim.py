@@ -2192,13 +2192,12 @@ def read_fields(
 
     RequestError, with the reason, if a value of `rejected` is used.
     """
-    for field in [field for field in rejected if field in body]:
-        reason, used = rejected[field]
-        if used(body[field]):
+    for field, (reason, used) in rejected.items():
+        if field in body and used(body[field]):
             raise RequestError(reason, param=field)
-    for field in [field for field in mapped if field in body]:
-        if body[field] is not None:
-            mapped[field][1](draft, body[field], field)
+    for field, (_, read) in mapped.items():
+        if field in body and body[field] is not None:
+            read(draft, body[field], field)
     for field in body:
         if field not in mapped and field not in rejected and _asks(field, body[field]):
             draft.ignore(field)
