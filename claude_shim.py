@@ -10332,14 +10332,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.allowed_hosts = frozenset(name.lower() for name in (*allowed_hosts, host))
         self.part = (0, 1)  # which of how many processes that serve together
         self._crowd: Union[List[int], memoryview] = [0]  # open connections of each of them
-        self._accepted = self._closed = 0
+        self._accepted = self._closed = 0  # two, as each is counted in one thread only
         self.draining = False
         self.connections: Dict[ClientConnection, None] = {}  # the relay's, as is what they hold:
         self.held = 0
         self._stopping = threading.Event()
         self.emptied = threading.Event()  # no connection is left, and none will come
         self._thread: Optional[threading.Thread] = None
-        self._id_prefix, self._id_numbers = f"shim_{secrets.token_hex(8)}", itertools.count(1)
+        self._id_prefix, self._id_numbers = _id_prefix(), itertools.count(1)
         self.gate = Gate(limits)
         self.workers = Workers(limits.max_workers)
         app.later = self.workers.submit
@@ -10400,7 +10400,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.part, self._crowd = (number, len(crowd)), crowd
         self._count()
         self.limits = self.gate.limits = self.limits.part(*self.part)
-        self._id_prefix = f"shim_{secrets.token_hex(8)}"
+        self._id_prefix = _id_prefix()
         self._host = "fd"  # the socket is another's, as is the path of a Unix socket
         self.socket.setblocking(False)
         self.relay.stop()  # its selector is shared with the other process
@@ -10525,6 +10525,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __enter__(self) -> Server:
         return self.start()
+
+
+def _id_prefix() -> str:
+    return f"shim_{secrets.token_hex(8)}"
 
 
 _CUT_SECONDS = 2.0
