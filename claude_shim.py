@@ -1059,18 +1059,40 @@ def _codex_entry(number: int, entry: JSON) -> JSON:
 # Decoders are fed bytes as they come, cut anywhere, and hand out what is whole. They work on bytes:
 # a character cut in two is whole again before anything is decoded.
 
-_FIELDS = re.compile(rb"(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*)*", re.ASCII)
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
+_KNOWN_FIELDS: Dict[bytes, Tuple[str, str]] = {}  # by line: most come again and again
+_MOST_KNOWN_FIELDS = 1024
+_SECRET_FIELDS = re.compile(r".*(?:authorization|-key|cookie)")  # are not kept
 
 
-def header_fields(lines: bytes) -> Optional[HeaderList]:
-    """Return the fields of a head, each given with CRLF before it; None if one is malformed.
+def header_fields(lines: Iterable[bytes]) -> HeaderList:
+    """Return the fields of a head, names in lower case; ValueError if a line is malformed.
 
-    Names come in lower case (RFC 9112 5; no folding, no space before the colon).
+    RFC 9112 5; no folding, no space before the colon.
     """
-    if not _FIELDS.fullmatch(lines):
-        return None
-    pairs = [line.partition(":") for line in lines.decode("latin-1").split("\r\n")[1:]]
-    return [(name.lower(), value.strip(" \t")) for name, _, value in pairs]
+    known = _KNOWN_FIELDS.get
+    return [known(line) or _field(line) for line in lines]
+
+
+def _field(line: bytes) -> Tuple[str, str]:
+    match = _FIELD.fullmatch(line)
+    if match is None:
+        raise ValueError("a header field is malformed")
+    name = match.group(1).decode("ascii").lower()
+    field = (name, match.group(2).decode("latin-1").strip(" \t"))
+    if len(line) < 200 and not _SECRET_FIELDS.fullmatch(name):
+        if len(_KNOWN_FIELDS) >= _MOST_KNOWN_FIELDS:
+            _KNOWN_FIELDS.clear()
+        _KNOWN_FIELDS[line] = field
+    return field
+
+
+NAME_OF, VALUE_OF = operator.itemgetter(0), operator.itemgetter(1)  # of a header field
+
+
+def field_lines(headers: HeaderList) -> str:
+    """Return the lines of a head, each with its CRLF."""
+    return "\r\n".join([*map(": ".join, headers), ""])
 
 
 MAX_EVENT_BYTES = 16 << 20  # a web search result is the largest event known, some 100 KB
@@ -1101,6 +1123,10 @@ class ChunkedDecoder:
 
     def feed(self, burst: bytes) -> bytes:
         """Return the body bytes that `burst` completes; ProtocolError on malformed chunks."""
+        if not self._left and not self._pending and burst.endswith(b"\r\n"):
+            whole = self._whole_chunks(burst)
+            if whole is not None:
+                return whole
         buffer, position = self._pending + burst, 0
         pieces: List[bytes] = []
         while not self._in_trailer and position < len(buffer):
@@ -1123,6 +1149,15 @@ class ChunkedDecoder:
         self._pending = buffer[position:]
         if self._in_trailer:
             self._after_chunks()
+        return b"".join(pieces)
+
+    def _whole_chunks(self, burst: bytes) -> Optional[bytes]:
+        """The data of whole chunks, of which none holds a CRLF; None for anything else."""
+        *lines, _ = burst.split(b"\r\n")
+        pieces = lines[1::2]
+        if lines[::2] != [b"%x" % len(piece) for piece in pieces] or b"" in pieces[:-1]:
+            return None
+        self.done = not pieces[-1]
         return b"".join(pieces)
 
     def _partial(self, piece: bytes, pieces: List[bytes]) -> int:
@@ -2192,12 +2227,13 @@ def read_fields(
 
     RequestError, with the reason, if a value of `rejected` is used.
     """
-    for field, (reason, used) in rejected.items():
-        if field in body and used(body[field]):
+    for field in filter(body.__contains__, rejected):
+        reason, used = rejected[field]
+        if used(body[field]):
             raise RequestError(reason, param=field)
-    for field, (_, read) in mapped.items():
-        if field in body and body[field] is not None:
-            read(draft, body[field], field)
+    for field in filter(body.__contains__, mapped):
+        if body[field] is not None:
+            mapped[field][1](draft, body[field], field)
     for field in body:
         if field not in mapped and field not in rejected and _asks(field, body[field]):
             draft.ignore(field)
@@ -2480,7 +2516,8 @@ def _marked_places(request: JSON) -> Iterator[JSON]:
 
 def _cache_marks(request: JSON) -> List[JSON]:
     places = itertools.chain(_marked_places(request), [request])
-    return [place for place in places if object_or_empty(place.get("cache_control"))]
+    marked = [place for place in places if place.get("cache_control")]
+    return [place for place in marked if isinstance(place["cache_control"], dict)]
 
 
 def limited_cache_marks(request: JSON) -> JSON:
@@ -2740,11 +2777,10 @@ _DELTA_START = re.compile(
     rb'data: \{"type":"content_block_delta","index":(?:0|[1-9]\d{0,5}),'
     rb'"delta":\{"type":"text_delta","text":"'
 )
-_TEXT_RUN = re.compile(
-    rb'(?:[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'
-    rb'"\} *\}\n\n)+'
+_DELTA_TEXT = re.compile(
+    rb'(?<=\0)([^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*)'
+    rb'"\} *\}\0'
 )
-_QUOTE = ord('"')
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
@@ -2770,10 +2806,11 @@ class TextRun(NamedTuple):
             if rest is blocks[at]:
                 break
             rests.append(rest)
-        run = b"\n\n".join([*rests, b""])
-        if not _TEXT_RUN.fullmatch(run):
+        run = b"\0".join([b"", *rests, b""])
+        texts = _DELTA_TEXT.findall(run)
+        if not len(texts) == len(rests) == run.count(b"\0") - 1:
             return cls(len(rests), [])
-        texts = [rest[: rest.rindex(b'"')] for rest in rests if rest[0] != _QUOTE]
+        texts = list(filter(None, texts))
         return cls(len(rests), texts if run.isascii() else ascii_texts(texts))
 
 
@@ -2838,8 +2875,8 @@ class EventTransform:
 
     def _feed_parsed(self, blocks: Sequence[bytes], made: List[bytes]) -> None:
         for block in blocks:
-            event = parsed_event(block) if block else None
-            if event is not None:
+            event = parsed_event(block)
+            if event:
                 made.append(self._sink.feed(event))
 
     def end(self, error: Optional[ShimError] = None) -> bytes:
@@ -3387,24 +3424,21 @@ def chat_usage(usage: JSON) -> JSON:
 
 def chat_from_messages(messages: Sequence[JSON], reply: ChatReply) -> JSON:
     """Return the chat completion made of one whole message per choice."""
-    usage: JSON = {}
-    for message in messages:
-        for key, value in chat_usage(message.get("usage") or {}).items():
-            usage[key] = _added(usage[key], value) if key in usage else value
+    usages = [chat_usage(message.get("usage") or {}) for message in messages]
     return {
         "id": f"chatcmpl-{messages[0].get('id', '')}",
         "object": "chat.completion",
         "created": reply.created,
         "model": messages[0].get("model", ""),
         "choices": [_choice(number, message, reply) for number, message in enumerate(messages)],
-        "usage": usage,
+        "usage": functools.reduce(_added, usages),
         "service_tier": "default",
         "system_fingerprint": "claude_shim",
     }
 
 
 def _added(one: Any, other: Any) -> Any:
-    return {k: one[k] + other[k] for k in one} if isinstance(one, dict) else one + other
+    return {k: _added(one[k], other[k]) for k in one} if isinstance(one, dict) else one + other
 
 
 def _choice(number: int, message: JSON, reply: ChatReply) -> JSON:
@@ -6055,6 +6089,17 @@ def received_now(sock: socket.socket, size: int) -> Optional[bytes]:
         return None
 
 
+def peeked_now(sock: socket.socket) -> Optional[bytes]:
+    """Return the next byte of a non-blocking socket, left in it, else as `received_now` does.
+
+    Of TLS it is a sealed one: TLS's own method would take it.
+    """
+    try:
+        return socket.socket.recv(sock, 1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
+
+
 def holds_more(sock: socket.socket) -> bool:
     """Return whether TLS has bytes at hand, which the socket does not show."""
     return isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
@@ -6104,15 +6149,13 @@ class ClientWatch:
     def _look(self) -> None:
         """Bytes are the next request, sent early: then there is nothing more to see here."""
         try:
-            # Not the method of a TLS socket, which would take the byte as well.
-            gone = self._sock is not None and not socket.socket.recv(self._sock, 1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return
+            byte = peeked_now(self._sock) if self._sock else None
         except OSError:
-            gone = True
-        if gone:
+            byte = b""
+        if byte == b"":
             raise ClientGone()
-        self._sock = None
+        if byte:
+            self._sock = None
 
 
 class UpstreamRequest(NamedTuple):
@@ -6127,6 +6170,10 @@ class UpstreamRequest(NamedTuple):
     delay: float = 0.0  # seconds to wait before it is sent
     fresh: bool = False  # over a new connection
     handed_on: bool = False  # the events of its answer are not read before they are handed on
+
+    def with_headers(self, headers: HeaderList) -> UpstreamRequest:
+        """Return the same request with other header fields."""
+        return UpstreamRequest(self.method, self.path, headers, *self[3:])  # `_replace` is slow
 
     def prompt(self) -> bool:
         """Return whether to send it, and to go on when the head has come, takes no time."""
@@ -6199,8 +6246,10 @@ class UpstreamResponse(NamedTuple):
 
     def header(self, name: str) -> str:
         """Return the value of a header field, or an empty string."""
-        values = [value for key, value in self.headers if key == name]
-        return values[0] if values else ""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return ""
 
     def is_event_stream(self) -> bool:
         """Return whether the body is server-sent events."""
@@ -6237,22 +6286,13 @@ def parsed_response_head(head: bytes) -> Tuple[int, HeaderList]:
     status = _STATUS_LINE.fullmatch(first)
     if status is None:
         raise UpstreamCutError(_NO_HTTP)
-    return int(status.group(1)), [
-        _known_field(line) if len(line) < 200 else _field(line) for line in lines
-    ]
+    try:
+        return int(status.group(1)), header_fields(lines)
+    except ValueError:
+        raise UpstreamCutError(_NO_HTTP) from None
 
 
 _NO_HTTP = "upstream did not answer in HTTP/1.1"
-
-
-def _field(line: bytes) -> Tuple[str, str]:
-    fields = header_fields(b"\r\n" + line)
-    if fields is None:
-        raise UpstreamCutError(_NO_HTTP)
-    return fields[0]
-
-
-_known_field = functools.lru_cache(maxsize=512)(_field)  # most lines come again and again
 
 
 class Framing(NamedTuple):
@@ -6298,10 +6338,9 @@ class Way(NamedTuple):
         if request.body or request.method not in ("GET", "HEAD"):
             fields = [*fields, ("Content-Length", str(len(request.body)))]
         line = f"{request.method} {self.target}{request.path} HTTP/1.1"
-        if _UNSAFE_HEADER.search("".join([line, *itertools.chain.from_iterable(fields)])):
+        if _UNSAFE_HEADER.search(line + "".join(itertools.chain.from_iterable(fields))):
             raise RequestError("a header for upstream holds a control character")
-        lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
-        return f"{line}\r\n{self.fields}{lines}\r\n".encode("latin-1")
+        return f"{line}\r\n{self.fields}{field_lines(fields)}\r\n".encode("latin-1")
 
 
 class UpstreamConnection(Source):
@@ -6326,6 +6365,13 @@ class UpstreamConnection(Source):
         self._finished = False
         self._interim = 0  # heads of 1xx that have come
         self.head_deadline = 0.0
+
+    def is_quiet(self) -> bool:
+        """Return whether it is open, and nothing came that nobody asked for."""
+        try:
+            return peeked_now(self.sock) is None
+        except OSError:
+            return False
 
     def begin(self, request: UpstreamRequest) -> None:
         """Send a request; OSError if the connection broke."""
@@ -6490,7 +6536,7 @@ class IdleConnections:
             if connection is None:
                 return None
             fresh = time.monotonic() - connection.idle_since < self.IDLE_SECONDS
-            if fresh and not readable([connection.sock], 0):
+            if fresh and connection.is_quiet():
                 return connection
             connection.drop()
 
@@ -7057,11 +7103,13 @@ def _poll_of(stream: Optional[TextIO]) -> Optional[select.poll]:
 
 def log_line(record: Record) -> str:
     """Return the line for one request."""
-    return (
-        f"{plain(record.method, 10)} {plain(record.path)} {record.status} "
-        f"{record.seconds * 1000:.1f}ms {plain(record.request_id)} "
-        f"model={plain(record.model)} key={plain(record.key_name)} {plain(record.outcome)}"
-    )
+    method, path, status, seconds, *others = record
+    words = [word or "-" for word in (method[:10], path, *others)]
+    together = "".join(words)
+    if plain(together) != together:
+        words = [plain(word) for word in words]
+    method, path, id, model, key, outcome = words
+    return f"{method} {path} {status} {seconds * 1000:.1f}ms {id} model={model} key={key} {outcome}"
 
 
 def spellings(secret: str) -> List[str]:
@@ -7790,21 +7838,33 @@ def responses_status(status: int, body: JSON, headers: HeaderList, client: Dict[
 
 
 _RATE_LIMITS = re.compile(r"anthropic-ratelimit-(requests|tokens)-(limit|remaining|reset)")
-_TOLD_AS_IT_IS = re.compile(r"retry-after(?:-ms)?|x-should-retry|anthropic-ratelimit-.*")
+_TOLD_AS_IT_IS = re.compile(
+    r"retry-after(?:-ms)?|x-should-retry|anthropic-ratelimit-.*|x-claude-shim-billing"
+)
 
 
-@functools.lru_cache(maxsize=256)
-def _openai_names(name: str) -> Tuple[str, ...]:
+def _openai_names(name: str) -> List[str]:
     """What a header field of upstream's answer is called for an OpenAI client."""
     limit = _RATE_LIMITS.fullmatch(name)
     renamed = [f"x-ratelimit-{limit.group(2)}-{limit.group(1)}"] if limit else []
-    return (*renamed, name) if _TOLD_AS_IT_IS.fullmatch(name) else ()
+    if name == "request-id":
+        renamed.append("x-request-id")
+    return [*renamed, name] if _TOLD_AS_IT_IS.fullmatch(name) else renamed
+
+
+@functools.lru_cache(maxsize=16)  # an upstream has few sets of fields
+def _told(names: Tuple[str, ...]) -> List[Tuple[int, str, bool]]:
+    """Which of upstream's fields an OpenAI client is told: where, the name, whether an instant."""
+    told = [(at, told) for at, name in enumerate(names) for told in _openai_names(name)]
+    return [(at, name, name in _RESETS) for at, name in told]
 
 
 def openai_headers(headers: HeaderList, now: float) -> HeaderList:
     """Return the header fields of upstream's answer that an OpenAI client understands."""
-    told = [(name, value) for given, value in headers for name in _openai_names(given)]
-    return [(n, duration(v, now) if n in _RESETS else v) for n, v in told]
+    return [
+        (name, duration(headers[at][1], now) if instant else headers[at][1])
+        for at, name, instant in _told(tuple(map(NAME_OF, headers)))
+    ]
 
 
 _RESETS = frozenset({"x-ratelimit-reset-requests", "x-ratelimit-reset-tokens"})
@@ -8032,7 +8092,8 @@ class App:
         """Return whether it takes no time to answer a request, or to ask upstream."""
         stored = "/responses" in request.path and self.store.place != "off"
         small = len(request.body) <= PROMPT_BYTES and not stored
-        return small and all(payer.ready() for payer in self.payers())
+        fallback = self.policy.fallback
+        return small and self.credential.ready() and (fallback is None or fallback.ready())
 
     def respond(self, request: Request) -> Response:
         """Return the answer, which may be an error; ClientGone when nobody waits for it."""
@@ -8075,7 +8136,6 @@ class App:
                 headers.append(("x-should-retry", "false"))
             kept = [*openai_headers(headers, time.time()), ("content-type", "application/json")]
             kept += [(k, v) for k, v in headers if k in _OWN_HEADERS]
-            kept += [("x-request-id", v) for k, v in headers if k == "request-id"]
         return Response(status, kept, dumps(body).replace(b"<", b"\\u003c"))  # it may quote markup
 
     def sealing_key(self) -> bytes:
@@ -8145,16 +8205,16 @@ class App:
         """Put the questions to upstream, and give their answers in one form."""
         self._check_strict(drafts[0])
         asked = yield from self._ask_all(request, drafts)
-        billing = [pair for each in asked for pair in each.headers if pair[0] == BILLING_HEADER]
-        headers = [*self._answer_headers(asked[0], drafts[0]), *billing[:1]]
-        head = Response(200, headers, model=str(drafts[0].request["model"]))
+        headers, model = self._answer_headers(asked, drafts[0]), str(drafts[0].request["model"])
         if stream:
-            return head._replace(body=Stream(asked[0].source, EventTransform(form.encoder())))
-        return self._gathered(request, asked, head, form)
+            body = Stream(asked[0].source, EventTransform(form.encoder()))
+            return Response(200, headers, body, model)
+        head = Response(200, headers, model=model)
+        return Response(200, headers, self._gathered(request, asked, head, form), model)
 
     def _gathered(
         self, request: Request, asked: List[Asked], head: Response, form: Form
-    ) -> Response:
+    ) -> Gathered:
         sinks = [GatheringSink() for _ in asked]
         streams = [Stream(a.source, EventTransform(sink)) for a, sink in zip(asked, sinks)]
 
@@ -8172,7 +8232,7 @@ class App:
             json_type = [("content-type", "application/json")]
             return Response(200, [*head.headers, *json_type], body, head.model)
 
-        return head._replace(body=Gathered(streams, response))
+        return Gathered(streams, response)
 
     def _check_strict(self, draft: Draft) -> None:
         for field in draft.ignored:
@@ -8181,12 +8241,16 @@ class App:
                 raise RequestError(message, param=field)
             self.log.once(f"note: {plain(field)} has no effect on Claude and is ignored")
 
-    def _answer_headers(self, asked: Asked, draft: Draft) -> HeaderList:
-        ids = [("x-request-id", value) for name, value in asked.headers if name == "request-id"]
-        ignored = ",".join(dict.fromkeys(plain(name) for name in (*draft.ignored, *asked.changed)))
-        ignored = ignored if len(ignored) <= 2000 else f"{ignored[:2000]}..."  # a header is short
-        told = [("x-claude-shim-ignored", ignored)] if ignored else []
-        return [*openai_headers(asked.headers, time.time()), *ids, *told]
+    def _answer_headers(self, asked: Sequence[Asked], draft: Draft) -> HeaderList:
+        headers = openai_headers(asked[0].headers, time.time())
+        for other in asked[1:]:
+            headers += [field for field in other.headers if field[0] == BILLING_HEADER]
+        changed = dict.fromkeys((*draft.ignored, *asked[0].changed))
+        if changed:
+            ignored = ",".join(map(plain, changed))
+            ignored = ignored if len(ignored) <= 2000 else f"{ignored[:2000]}..."  # they are short
+            headers.append(("x-claude-shim-ignored", ignored))
+        return headers
 
     def _ask_all(self, request: Request, drafts: Sequence[Draft]) -> Conversation[List[Asked]]:
         """Ask upstream once per choice; the answers are written while earlier ones are read."""
@@ -8619,7 +8683,7 @@ def _authorized(
     """The answer to a request; after a 401 to a second try, if the credential can be renewed."""
     shown = credential.authorization(client)
     headers = with_authorization(call.headers, shown)
-    response = yield from send_with_retries(call._replace(headers=headers), retries)
+    response = yield from send_with_retries(call.with_headers(headers), retries)
     if response.status != 401:
         return response
     try:
@@ -8631,7 +8695,7 @@ def _authorized(
         return response
     read_error_body(response)
     headers = with_authorization(call.headers, newer)
-    return (yield from send_with_retries(call._replace(headers=headers), retries))
+    return (yield from send_with_retries(call.with_headers(headers), retries))
 
 
 class GatheringSink(MessageAssembler):
@@ -8783,9 +8847,7 @@ class Head(NamedTuple):
         return "close" not in tokens and (self.minor_version == 1 or "keep-alive" in tokens)
 
 
-_REQUEST_LINE = re.compile(
-    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) (HTTP/[0-9]\.[0-9])(?=\r\n|\Z)"
-)
+_REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32} [\x21-\x7e]+ HTTP/[0-9]\.[0-9]")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 
@@ -8812,18 +8874,18 @@ def parsed_head(head: bytes) -> Head:
 
     Nothing is repaired: whatever two readers could read in two ways is refused.
     """
-    first = _REQUEST_LINE.match(head)
-    if not first:
+    line, *lines = head.split(b"\r\n")
+    if not _REQUEST_LINE.fullmatch(line):
         raise ProtocolError("the request line is malformed")
-    method, target, version = first.group().decode("ascii").split(" ")
+    method, target, version = line.decode("ascii").split(" ")
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise VersionNotSupportedError(f"claude_shim speaks HTTP/1.1, not {version}")
-    fields = header_fields(head[first.end() :])
-    if fields is None:
-        raise ProtocolError("a header field is malformed")
     grouped: Dict[str, List[str]] = {}
-    for name, value in fields:
-        grouped.setdefault(name, []).append(value)
+    try:
+        for name, value in header_fields(lines):
+            grouped.setdefault(name, []).append(value)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from None
     if len(grouped.get("content-type", ())) > 1:
         raise ProtocolError("expected one Content-Type header")
     return _with_authority(Head(method, target, int(version[-1]), grouped))
@@ -8854,12 +8916,12 @@ def request_framing(head: Head, max_body: int) -> Framing:
         if [coding.lower() for coding in codings] != ["chunked"]:
             raise NotImplementedTransferError("the only transfer coding known here is chunked")
         return Framing(True, None, True)
-    if len(set(lengths)) > 1 or not all(_LENGTH.fullmatch(length) for length in lengths):
+    given = lengths[0] if lengths else "0"
+    if len(set(lengths)) > 1 or not _LENGTH.fullmatch(given):
         raise ProtocolError("Content-Length is not one whole number")
-    length = int(lengths[0]) if lengths else 0
-    if length > max_body:
+    if int(given) > max_body:
         raise too_large(max_body)
-    return Framing(False, length, True)
+    return Framing(False, int(given), True)
 
 
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # how zlib is told the coding
@@ -8915,13 +8977,13 @@ def check_origin(
     if head.values("host") and host not in allowed_hosts and not is_loopback(host):
         message = f"the host {plain(host)} is not served here; add --allow-host {plain(host)}"
         raise ForbiddenError(message)
-    origins = head.values("origin")
-    if head.method == "OPTIONS":
+    origins, sites = head.values("origin"), head.values("sec-fetch-site")
+    if head.method == "OPTIONS" or not (origins or sites):
         return
     if not (origins and allowed_origins.issuperset(origins)):
         names = [host_name(origin.partition("://")[2]) for origin in origins]
         foreign = any(name not in allowed_hosts and not is_loopback(name) for name in names)
-        if foreign or {"cross-site", "same-site"}.intersection(head.values("sec-fetch-site")):
+        if foreign or {"cross-site", "same-site"}.intersection(sites):
             raise ForbiddenError(
                 "web pages of other sites may not call claude_shim; see --allow-origin"
             )
@@ -9004,11 +9066,10 @@ def _http_date(second: int) -> str:
 def response_head(status: int, headers: HeaderList, second: int) -> bytes:
     """Return the bytes of a response head; control characters in values become spaces."""
     phrase = _PHRASES.get(status, "Unknown")
-    if _UNSAFE_VALUE.search("".join([value for _, value in headers])):
+    if not "".join(map(VALUE_OF, headers)).isprintable():
         headers = [(name, _UNSAFE_VALUE.sub(" ", value)) for name, value in headers]
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
     top = f"HTTP/1.1 {status} {phrase}\r\ndate: {_http_date(second)}\r\n{_FOR_BROWSERS}"
-    return f"{top}{lines}\r\n".encode("latin-1", "replace")
+    return f"{top}{field_lines(headers)}\r\n".encode("latin-1", "replace")
 
 
 # An answer that a browser shows after all is no page: it is not guessed to be one, runs and loads
@@ -9031,19 +9092,19 @@ class RequestReader:
 
     def __init__(self, limits: ServerLimits) -> None:
         self._limits = limits
-        self._buffer = io.BytesIO()
-        self._wanted = 0  # bytes of the body that are still to be taken from it
+        self._rest = b""  # what came and was not taken yet
+        self._body = io.BytesIO()  # as far as it came, if not at once
+        self._wanted = 0  # bytes of it that are still to come
         self._chunks: Optional[ChunkedDecoder] = None
-        self._body = io.BytesIO()  # out of chunks
         self._skipped = False  # RFC 9112 2.2 allows one empty line before a request
 
     def __len__(self) -> int:
-        return self._buffer.tell()
+        return len(self._rest)
 
     @property
     def held(self) -> int:
         """How many bytes are kept, of the body too."""
-        return len(self) + self._body.tell()
+        return len(self._rest) + self._body.tell()
 
     @property
     def in_chunks(self) -> bool:
@@ -9052,24 +9113,18 @@ class RequestReader:
 
     def feed(self, burst: bytes) -> None:
         """Take bytes as they come."""
-        self._buffer.write(burst)
-
-    def _taken(self) -> bytes:
-        buffer, self._buffer = self._buffer, io.BytesIO()
-        return buffer.getvalue()  # without a copy
+        self._rest = self._rest + burst if self._rest else burst
 
     def head(self) -> Optional[Head]:
         """Return the next head; a ProtocolError if it is malformed or too large."""
-        buffer = self._taken()
-        if buffer.startswith(b"\r\n") and not self._skipped:
-            buffer, self._skipped = buffer[2:], True
-        end = buffer.find(b"\r\n\r\n")
-        self._check_size(buffer[: end if end >= 0 else None], end >= 0)
-        self.feed(buffer[end + 4 :] if end >= 0 else buffer)
-        if end < 0:
+        if self._rest.startswith(b"\r\n") and not self._skipped:
+            self._rest, self._skipped = self._rest[2:], True
+        head, empty, rest = self._rest.partition(b"\r\n\r\n")
+        self._check_size(head, bool(empty))
+        if not empty:
             return None
-        self._skipped = False
-        return parsed_head(buffer[:end])
+        self._rest, self._skipped = rest, False
+        return parsed_head(head)
 
     def _check_size(self, head: bytes, complete: bool) -> None:
         limits = self._limits
@@ -9093,19 +9148,22 @@ class RequestReader:
 
     def body(self) -> Optional[bytes]:
         """Return the whole body; a ProtocolError if it is malformed or too large."""
+        came, self._rest = self._rest, b""
         if self._chunks is None:
-            if len(self) < self._wanted:
-                return None
-            buffer = self._taken()
-            self.feed(buffer[self._wanted :])
-            return buffer[: self._wanted]
-        self._body.write(self._chunks.feed(self._taken()))
-        if self._body.tell() > self._limits.max_body:
+            piece, self._rest = came[: self._wanted], came[self._wanted :]
+            self._wanted -= len(piece)
+            whole = self._wanted == 0
+        else:
+            piece = self._chunks.feed(came)
+            self._rest, whole = self._chunks.rest, self._chunks.done
+        if self._body.tell() + len(piece) > self._limits.max_body:
             raise too_large(self._limits.max_body)
-        if not self._chunks.done:
+        if whole and not self._body.tell():
+            return piece
+        self._body.write(piece)
+        if not whole:
             return None
-        self.feed(self._chunks.rest)
-        body, self._body = self._body.getvalue(), io.BytesIO()
+        body, self._body = self._body.getvalue(), io.BytesIO()  # without a copy
         return body
 
 
@@ -10109,7 +10167,7 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
         headers = self._headers(response)
         if response.status not in (204, 304):
             headers.append(("content-length", str(len(body))))
-        if request.request_id and "x-request-id" not in dict(headers):
+        if request.request_id and "x-request-id" not in map(NAME_OF, headers):
             headers.append(("x-request-id", request.request_id))
         top = response_head(response.status, headers, int(time.time()))
         self._write(top if request.method == "HEAD" else top + body)
