@@ -489,7 +489,7 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 def dumps(value: Any) -> bytes:
     """Return `value` as compact ASCII JSON; ValueError for NaN or infinity."""
-    return _ENCODER.encode(value).encode("ascii")
+    return _encoded(value).encode("ascii")
 
 
 def dumps_around(value: Any, strings: Sequence[str]) -> Optional[bytes]:
@@ -698,7 +698,20 @@ def _decoder(constant: Callable[[str], Any]) -> json.JSONDecoder:
     return json.JSONDecoder(parse_constant=constant, parse_float=_finite, parse_int=_whole_number)
 
 
-_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # made once: that is slow
+def _encoder() -> Callable[[Any], str]:
+    """`encode` of a JSONEncoder that is set up once; its own does that for each text."""
+    encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+    make: Any = getattr(json.encoder, "c_make_encoder", None)
+    escape = json.encoder.encode_basestring_ascii
+    try:
+        pieces = make(None, encoder.default, escape, None, ":", ",", False, False, False)
+        assert "".join(pieces({"a": [1, "\u2028"]}, 0)) == encoder.encode({"a": [1, "\u2028"]})
+    except (TypeError, AssertionError):  # no CPython, or one that has it changed
+        return encoder.encode
+    return lambda value: "".join(pieces(value, 0))
+
+
+_encoded = _encoder()
 _DECODER = _decoder(_no_constant)
 
 
@@ -2588,7 +2601,7 @@ def merged_usage(usage: JSON, later: Any) -> JSON:
 def token_count(usage: JSON, name: str) -> int:
     """Return one count of `usage`; 0 when it is absent or no number."""
     value = usage.get(name)
-    return value if isinstance(value, int) else 0
+    return value if type(value) is int else 0
 
 
 def thinking_token_count(usage: JSON) -> int:
@@ -2598,8 +2611,11 @@ def thinking_token_count(usage: JSON) -> int:
 
 def input_token_total(usage: JSON) -> int:
     """Return all input tokens: the uncached rest, what the cache gave and what went into it."""
-    names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-    return sum(token_count(usage, name) for name in names)
+    uncached, read = (
+        token_count(usage, "input_tokens"),
+        token_count(usage, "cache_read_input_tokens"),
+    )
+    return uncached + read + token_count(usage, "cache_creation_input_tokens")
 
 
 THINKING_TYPES = ("thinking", "redacted_thinking")
@@ -2781,6 +2797,7 @@ _DELTA_TEXT = re.compile(
     rb'(?<=\0)([^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*)'
     rb'"\} *\}\0'
 )
+_PLAIN_DELTA_TEXT = re.compile(rb'(?<=\0)([^"\\\x00-\x1f]*)"\} *\}\0')  # without escapes
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
@@ -2807,7 +2824,7 @@ class TextRun(NamedTuple):
                 break
             rests.append(rest)
         run = b"\0".join([b"", *rests, b""])
-        texts = _DELTA_TEXT.findall(run)
+        texts = (_DELTA_TEXT if b"\\" in run else _PLAIN_DELTA_TEXT).findall(run)
         if not len(texts) == len(rests) == run.count(b"\0") - 1:
             return cls(len(rests), [])
         texts = list(filter(None, texts))
@@ -3435,6 +3452,56 @@ def chat_from_messages(messages: Sequence[JSON], reply: ChatReply) -> JSON:
         "service_tier": "default",
         "system_fingerprint": "claude_shim",
     }
+
+
+def chat_json(messages: Sequence[JSON], reply: ChatReply) -> bytes:
+    """Return the JSON of `chat_from_messages`; of one plain text in a third of the time."""
+    message = messages[0]
+    refused = reply.json_schema and message.get("stop_reason") == "refusal"
+    if len(messages) > 1 or reply.json_object or refused or not _is_plain_text(message):
+        return dumps(chat_from_messages(messages, reply))
+    usage = message["usage"]
+    prompt, completion = input_token_total(usage), token_count(usage, "output_tokens")
+    return _plain_text_form(str(message.get("stop_reason"))) % {
+        b"id": dumps(message["id"])[1:-1],
+        b"model": dumps(message["model"])[1:-1],
+        b"text": dumps(message["content"][0]["text"])[1:-1],
+        b"created": reply.created,
+        b"prompt": prompt,
+        b"completion": completion,
+        b"total": prompt + completion,
+        b"read": token_count(usage, "cache_read_input_tokens"),
+        b"written": token_count(usage, "cache_creation_input_tokens"),
+        b"reasoning": thinking_token_count(usage),
+    }
+
+
+def _is_plain_text(message: JSON) -> bool:
+    """Whether an answer is one text and nothing else, as most are."""
+    block = message["content"][0] if len(message["content"]) == 1 else {}
+    texts = (block.get("text"), message.get("id"), message.get("model"))
+    plain = block.get("type") == "text" and len(block) == 2 and not message.get("stop_details")
+    return (
+        plain
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(message["usage"], dict)
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _plain_text_form(stop_reason: str) -> bytes:
+    """The JSON of such an answer, made of one with marks where its values go."""
+    usage: JSON = {"input_tokens": 1, "cache_read_input_tokens": 2}
+    usage.update(
+        cache_creation_input_tokens=4, output_tokens=8, output_tokens_details={"thinking_tokens": 3}
+    )
+    content = [{"type": "text", "text": "%(text)b"}]
+    message = {"id": "%(id)b", "model": "%(model)b", "content": content, "usage": usage}
+    message["stop_reason"] = stop_reason
+    marks = {2: b"read", 3: b"reasoning", 4: b"written", 5: b"created"}
+    marks.update({7: b"prompt", 8: b"completion", 15: b"total"})
+    form = dumps(chat_from_messages([message], ChatReply(created=5)))
+    return re.sub(rb":([1-9]\d*)", lambda mark: b":%%(%b)d" % marks[int(mark[1])], form)
 
 
 def _added(one: Any, other: Any) -> Any:
@@ -6310,8 +6377,13 @@ _FRAMING_FIELDS = frozenset(
 
 def response_framing(status: int, headers: HeaderList) -> Framing:
     """Return the framing of a response body (RFC 9112 6.3); UpstreamCutError if it is ambiguous."""
+    return _framing(status, tuple([pair for pair in headers if pair[0] in _FRAMING_FIELDS]))
+
+
+@functools.lru_cache(maxsize=64)
+def _framing(status: int, headers: Tuple[Tuple[str, str], ...]) -> Framing:
     fields: Dict[str, List[str]] = {}
-    for name, value in [pair for pair in headers if pair[0] in _FRAMING_FIELDS]:
+    for name, value in headers:
         fields.setdefault(name, []).append(value.lower())
     keep = "close" not in ",".join(fields.get("connection", []))
     if fields.get("content-encoding", ["identity"]) != ["identity"]:
@@ -6338,7 +6410,8 @@ class Way(NamedTuple):
         if request.body or request.method not in ("GET", "HEAD"):
             fields = [*fields, ("Content-Length", str(len(request.body)))]
         line = f"{request.method} {self.target}{request.path} HTTP/1.1"
-        if _UNSAFE_HEADER.search(line + "".join(itertools.chain.from_iterable(fields))):
+        texts = line + "".join(itertools.chain.from_iterable(fields))
+        if not (texts.isascii() and texts.isprintable()) and _UNSAFE_HEADER.search(texts):
             raise RequestError("a header for upstream holds a control character")
         return f"{line}\r\n{self.fields}{field_lines(fields)}\r\n".encode("latin-1")
 
@@ -7217,6 +7290,10 @@ class Request(NamedTuple):
     watch: ClientWatch = ClientWatch()
     key_name: str = ""  # of the client key that it showed
 
+    def without_body(self) -> Request:
+        """Return what is known of the request when nothing of its body is needed any longer."""
+        return Request(self.method, self.path, self.headers, b"", *self[4:])
+
 
 class Transform:
     """Upstream's bytes in, the client's bytes out; here: the same bytes."""
@@ -7693,18 +7770,21 @@ class ChatForm(NamedTuple):
     """One of the two forms of OpenAI's completions."""
 
     encoder: Type[ChatStreamEncoder]
-    whole: Callable[[Sequence[JSON], ChatReply], JSON]
+    whole: Callable[[Sequence[JSON], ChatReply], bytes]
 
 
-CHAT_FORM = ChatForm(ChatStreamEncoder, chat_from_messages)
-LEGACY_FORM = ChatForm(CompletionStreamEncoder, completion_from_messages)
+CHAT_FORM = ChatForm(ChatStreamEncoder, chat_json)
+LEGACY_FORM = ChatForm(
+    CompletionStreamEncoder,
+    lambda messages, reply: dumps(completion_from_messages(messages, reply)),
+)
 
 
 class Form(NamedTuple):
     """How one answer is given: streamed, or whole, made of one message per choice."""
 
     encoder: Callable[[], EventSink]
-    whole: Callable[[Sequence[JSON]], JSON]
+    whole: Callable[[Sequence[JSON]], bytes]
 
 
 MAX_CURES = 4  # of one request; each costs a round trip
@@ -8047,6 +8127,7 @@ class App:
         self.policy = policy
         self.log = log
         self.catalogue = Catalogue()
+        self._model_ids: Tuple[object, Callable[[str], str]] = (None, str)  # as long as it is so
         self.memory = ThinkingMemory()
         self.store = ResponseStore(policy.responses_store)
         self.sealing_key_file = ""  # made when first needed; without, the key ends with the process
@@ -8156,11 +8237,11 @@ class App:
 
     def chat_completions(self, request: Request) -> Conversation[Response]:
         """POST /v1/chat/completions."""
-        return (yield from self._complete(request, lambda body: [body], CHAT_FORM))
+        return self._complete(request, lambda body: [body], CHAT_FORM)
 
     def completions(self, request: Request) -> Conversation[Response]:
         """POST /v1/completions."""
-        return (yield from self._complete(request, chats_from_completion, LEGACY_FORM))
+        return self._complete(request, chats_from_completion, LEGACY_FORM)
 
     @staticmethod
     def _with_deployment(request: Request, body: JSON) -> JSON:
@@ -8226,7 +8307,7 @@ class App:
             for message in messages:
                 self.memory.remember(*calls_and_thinking(message))
             try:
-                body = dumps(form.whole(messages))
+                body = form.whole(messages)
             except ShimError as error:
                 return self.failure(error, request)
             json_type = [("content-type", "application/json")]
@@ -8351,10 +8432,10 @@ class App:
             if response["store"]:
                 self._keep(owner, draft, response)
 
-        def whole(messages: Sequence[JSON]) -> JSON:
+        def whole(messages: Sequence[JSON]) -> bytes:
             response = response_from_message(messages[0], reply)
             remember(messages[0], response)
-            return response
+            return dumps(response)
 
         form = Form(lambda: ResponsesStreamEncoder(reply, remember), whole)
         return (yield from self._answered(request, [draft], asks_for_stream(body), form))
@@ -8429,8 +8510,8 @@ class App:
         draft = self._responses_draft(request, body)
         reply = self._reply_to(draft)
 
-        def whole(messages: Sequence[JSON]) -> JSON:
-            return compacted(response_from_message(messages[0], reply), draft)
+        def whole(messages: Sequence[JSON]) -> bytes:
+            return dumps(compacted(response_from_message(messages[0], reply), draft))
 
         form = Form(GatheringSink, whole)
         return (yield from self._answered(request, [draft], False, form))
@@ -8543,7 +8624,13 @@ class App:
     # --- models and health
 
     def _model_id(self, name: str) -> str:
-        return resolved_model_id(name, self.policy.aliases, self.catalogue.models())
+        known, live = self._model_ids, self.catalogue.live
+        if known[0] is not live:
+            ask = functools.partial(
+                resolved_model_id, aliases=self.policy.aliases, live=self.catalogue.models()
+            )
+            self._model_ids = known = live, functools.lru_cache(maxsize=256)(ask)
+        return known[1](name)
 
     def _refresh_models(self, request: Request) -> None:
         """Ask upstream for its models now and then, beside the requests."""
@@ -9736,6 +9823,9 @@ class Pump(Party):
         self._exchange.abort()
 
 
+_NO_RESPONSE = Response(0, [])
+
+
 class Exchange(Party):
     """One request on its way: asked of the App, answered on its connection."""
 
@@ -9746,7 +9836,7 @@ class Exchange(Party):
         self._coding = coding  # of the request's body
         self.large = len(request.body) > _LARGE
         self._errand = Errand(self.server, connection, self._conversation(), self._come)
-        self._response = Response(0, [])
+        self._response = _NO_RESPONSE
         self._pumps: List[Pump] = []
         self._streams = False  # the head of the answer has gone out, or will with its first bytes
         self._deadline = math.inf  # of the wait for a turn
@@ -9889,8 +9979,8 @@ class Exchange(Party):
 
     def _forget(self) -> None:
         """Hold nothing that is large; a reminder may hold this for a minute."""
-        self._pumps, self._response = [], Response(0, [])
-        self._request = self._request._replace(body=b"")
+        self._pumps, self._response = [], _NO_RESPONSE
+        self._request = self._request.without_body()
 
     def cancel(self) -> None:
         """The client is gone. A worker that has this still comes back, and finds it over."""
