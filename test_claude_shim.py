@@ -2086,6 +2086,9 @@ LINE_ENDS = pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"], ids=["L
             b"8\r\n\r\n0\r\n\r\nx\r\n0\r\n\r\n",
             b"\r\n0\r\n\r\nx",
         ),
+        case("three chunks", b"3\r\nabc\r\n1\r\nd\r\n2\r\nef\r\n0\r\n\r\n", b"abcdef"),
+        case("a size in capitals", b"A\r\n0123456789\r\n0\r\n\r\n", b"0123456789"),
+        case("a chunk of just a line end", b"2\r\n\r\n\r\n0\r\n\r\n", b"\r\n"),
         case("a size of two digits", b"1a\r\n" + b"x" * 26 + b"\r\n0\r\n\r\n", b"x" * 26),
         case("zeros before the size", b"0003\r\nabc\r\n000\r\n\r\n", b"abc"),
         case("an extension", b'3;a="b c";d\r\nabc\r\n0;e\r\n\r\n', b"abc"),
@@ -2107,6 +2110,18 @@ def test_chunked_body_leaves_the_next_request(trailer: bytes) -> None:
     decoder = shim.ChunkedDecoder()
     assert decoder.feed(b"3\r\nabc\r\n0\r\n" + trailer + b"\r\nGET / HTTP/1.1\r\n") == b"abc"
     assert (decoder.done, decoder.rest) == (True, b"GET / HTTP/1.1\r\n")
+
+
+def test_chunked_body_takes_no_chunk_after_the_last() -> None:
+    for burst in (b"3\r\nabc\r\n0\r\n", b"0\r\n"):
+        decoder = shim.ChunkedDecoder()
+        decoder.feed(burst)
+        assert decoder.feed(b"5\r\nhello\r\n") == b""
+        with pytest.raises(shim.ProtocolError):
+            decoder.feed(b"\r\n")
+    decoder = shim.ChunkedDecoder()
+    assert decoder.feed(b"0\r\n\r\n5\r\nhello\r\n") == b""
+    assert (decoder.done, decoder.rest) == (True, b"5\r\nhello\r\n")
 
 
 def test_chunked_body_hands_out_an_unfinished_chunk() -> None:
@@ -7642,11 +7657,46 @@ ANSWERS = [
 ]
 
 
+def chat_answer(messages: Sequence[JSON], reply: shim.ChatReply) -> JSON:
+    """The completion, which its JSON says to the byte, made by the short way or not."""
+    answer = shim.chat_from_messages(messages, reply)
+    assert shim.chat_json(messages, reply) == shim.dumps(answer)
+    return answer
+
+
 @pytest.mark.parametrize(("message", "reply", "expected"), ANSWERS)
 def test_chat_answer(message: JSON, reply: shim.ChatReply, expected: JSON) -> None:
     before = json.dumps(message)
-    assert shim.chat_from_messages([message], reply) == completion(expected, usage=usage(25, 15))
+    assert chat_answer([message], reply) == completion(expected, usage=usage(25, 15))
     assert json.dumps(message) == before
+
+
+def test_the_json_of_any_chat_answer_is_that_of_its_completion() -> None:
+    chance = random.Random(1)
+    words = ["%", "%(id)b", '"', "\\", "\u00e9", "\u2028", "\ud83d", "5", ":7,", "", "a b", "%%d"]
+
+    def text() -> str:
+        return "".join(chance.choices(words, k=chance.randrange(4)))
+
+    def number() -> Any:
+        return chance.choice([0, 1, 2, 3, 4, 5, 7, 8, 15, 10**18, -1, None, True, 1.5, "x"])
+
+    names = ("input_tokens", "output_tokens", "cache_read_input_tokens")
+    for _ in range(2000):
+        told = {name: number() for name in (*names, "cache_creation_input_tokens")}
+        told["output_tokens_details"] = chance.choice([None, {"thinking_tokens": number()}])
+        blocks = chance.choices([says(text()), says(text(), citations=None), use("t1")], k=2)
+        message = chat_message_of(
+            *blocks[: chance.choice([0, 1, 1, 1, 2])],
+            id=chance.choice([text(), None]),
+            model=chance.choice([text(), 5]),
+            stop_reason=chance.choice(["end_turn", "tool_use", "refusal", None, text()]),
+            stop_details=chance.choice([None, None, None, DECLINED]),
+            usage=chance.choice([told, told, told, {}, None]),
+        )
+        chat_answer(
+            [message], REPLY._replace(created=chance.randrange(20), json_schema=bool(text()))
+        )
 
 
 STOP_REASONS = [
@@ -7665,7 +7715,7 @@ STOP_REASONS = [
 
 @pytest.mark.parametrize(("reason", "expected"), STOP_REASONS)
 def test_chat_finish_reason(reason: Optional[str], expected: str) -> None:
-    answer = shim.chat_from_messages([chat_message_of(says("a"), stop_reason=reason)], REPLY)
+    answer = chat_answer([chat_message_of(says("a"), stop_reason=reason)], REPLY)
     assert answer["choices"] == [choice(expected, "a")]
 
 
@@ -7698,7 +7748,7 @@ USAGES = [
 
 @pytest.mark.parametrize(("told", "expected"), USAGES)
 def test_chat_usage(told: JSON, expected: JSON) -> None:
-    answer = shim.chat_from_messages([chat_message_of(says("a"), usage=told)], REPLY)
+    answer = chat_answer([chat_message_of(says("a"), usage=told)], REPLY)
     assert answer == completion(choice("stop", "a"), usage=expected)
 
 
@@ -7712,7 +7762,7 @@ def test_chat_several_choices_sum_their_usage() -> None:
             usage={"input_tokens": 5, "cache_read_input_tokens": 20, "output_tokens": 1},
         ),
     ]
-    assert shim.chat_from_messages(messages, REPLY) == completion(
+    assert chat_answer(messages, REPLY) == completion(
         choice("stop", "a"),
         {**choice("tool_calls", None, tool_calls=[call("t1")]), "index": 1},
         usage=usage(50, 16, read=20),
@@ -12485,6 +12535,21 @@ def read_whole(response: shim.UpstreamResponse) -> bytes:
 )
 def test_response_head_is_parsed(head: bytes, expected: Any) -> None:
     assert shim.parsed_response_head(head) == expected
+
+
+def test_header_lines_that_hold_a_secret_are_not_kept() -> None:
+    names = (b"Authorization", b"Proxy-Authorization", b"X-Api-Key", b"api-key", b"Cookie")
+    lines = [name + b": s3cret" for name in (*names, b"Set-Cookie", b"x-claude-shim-key")]
+    assert [value for _, value in shim.header_fields(lines)] == ["s3cret"] * 7
+    assert not any(b"s3cret" in line for line in shim._KNOWN_FIELDS)
+
+
+def test_header_lines_are_kept_in_a_bounded_number_and_length() -> None:
+    for number in range(5000):
+        assert shim.header_fields([b"x-a: %d" % number]) == [("x-a", str(number))]
+        shim.header_fields([b"x-b: %d" % number + b"x" * 1000])
+    assert 0 < len(shim._KNOWN_FIELDS) <= 1024
+    assert max(map(len, shim._KNOWN_FIELDS)) < 200
 
 
 @pytest.mark.parametrize(
