@@ -1165,7 +1165,11 @@ class ChunkedDecoder:
         return b"".join(pieces)
 
     def _whole_chunks(self, burst: bytes) -> Optional[bytes]:
-        """The data of whole chunks, of which none holds a CRLF; None for anything else."""
+        """The data of one chunk, or of more that hold no CRLF; None for anything else."""
+        size, _, rest = burst.partition(b"\r\n")
+        if rest and size == b"%x" % (len(rest) - 2):
+            self.done = size == b"0"
+            return rest[:-2]
         *lines, _ = burst.split(b"\r\n")
         pieces = lines[1::2]
         if lines[::2] != [b"%x" % len(piece) for piece in pieces] or b"" in pieces[:-1]:
@@ -1221,6 +1225,8 @@ class EventDecoder:
         """Return the bytes of the whole events, up to and with the last empty line."""
         if self._after_cr or b"\r" in burst:
             burst = self._with_lf(burst)
+        if self._at_start and len(burst) >= 3 and not self._size:
+            burst = self._without_bom(burst)
         if not (self._size or self._at_start) and burst.endswith(b"\n\n"):
             return burst
         self._pieces.append(burst)
@@ -2801,39 +2807,6 @@ _PLAIN_DELTA_TEXT = re.compile(rb'(?<=\0)([^"\\\x00-\x1f]*)"\} *\}\0')  # withou
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
-class TextRun(NamedTuple):
-    """Text deltas that follow each other."""
-
-    events: int  # how many
-    texts: List[bytes]  # that are not empty, as JSON in ASCII, without quotes
-
-    @classmethod
-    def at(cls, blocks: Sequence[bytes], position: int) -> TextRun:
-        """Return the run that begins with a block of lines; without texts if it is none.
-
-        All its events then take the other way.
-        """
-        start = _DELTA_START.match(blocks[position])
-        if start is None:
-            return _NO_RUN
-        prefix = start.group()
-        rests = []
-        for at in range(position, len(blocks)):
-            rest = blocks[at].removeprefix(prefix)
-            if rest is blocks[at]:
-                break
-            rests.append(rest)
-        run = b"\0".join([b"", *rests, b""])
-        texts = (_DELTA_TEXT if b"\\" in run else _PLAIN_DELTA_TEXT).findall(run)
-        if not len(texts) == len(rests) == run.count(b"\0") - 1:
-            return cls(len(rests), [])
-        texts = list(filter(None, texts))
-        return cls(len(rests), texts if run.isascii() else ascii_texts(texts))
-
-
-_NO_RUN = TextRun(1, [])
-
-
 def ascii_texts(texts: Iterable[bytes]) -> List[bytes]:
     """Return JSON texts in ASCII; none at all if one is not UTF-8."""
     try:
@@ -2856,6 +2829,7 @@ class EventTransform:
     def __init__(self, sink: EventSink) -> None:
         self._sink = sink
         self._events = EventDecoder()
+        self._start = b"\n\n"  # of the last text delta; this of none
         self.failed = False  # the client was told of an error, and gets nothing more
 
     @property
@@ -2883,12 +2857,35 @@ class EventTransform:
         blocks, position, sink = events.split(b"\n\n"), 0, self._sink
         del blocks[-1]  # the nothing behind the last empty line
         while position < len(blocks) and not sink.complete:
-            run = TextRun.at(blocks, position) if sink.takes_text else _NO_RUN
-            if run.texts:
-                made.append(sink.feed_text(run.texts))
+            end, texts = self._text_run(blocks, position) if sink.takes_text else (position + 1, [])
+            if texts:
+                made.append(sink.feed_text(texts))
             else:
-                self._feed_parsed(blocks[position : position + run.events], made)
-            position += run.events
+                self._feed_parsed(blocks[position:end], made)
+            position = end
+
+    def _text_run(self, blocks: Sequence[bytes], position: int) -> Tuple[int, List[bytes]]:
+        """Where the text deltas from `position` on end, and their texts that are not empty.
+
+        As JSON in ASCII, without quotes; none if one of these events has to be parsed.
+        """
+        if not blocks[position].startswith(self._start):
+            start = _DELTA_START.match(blocks[position])
+            if start is None:
+                return position + 1, []
+            self._start = start.group()
+        rests = []
+        for at in range(position, len(blocks)):
+            rest = blocks[at].removeprefix(self._start)
+            if rest is blocks[at]:
+                break
+            rests.append(rest)
+        end, run = position + len(rests), b"\0".join([b"", *rests, b""])
+        texts = (_DELTA_TEXT if b"\\" in run else _PLAIN_DELTA_TEXT).findall(run)
+        if not len(texts) == len(rests) == run.count(b"\0") - 1:
+            return end, []
+        texts = list(filter(None, texts))
+        return end, texts if run.isascii() else ascii_texts(texts)
 
     def _feed_parsed(self, blocks: Sequence[bytes], made: List[bytes]) -> None:
         for block in blocks:
