@@ -9270,6 +9270,16 @@ class Party:
         """Give up, after a fault of ours."""
 
 
+class Watch:
+    """What the relay looks for at one socket, and for whom; None while it rests."""
+
+    __slots__ = ("events", "party", "sock")
+
+    def __init__(self, sock: socket.socket, events: int, party: Party) -> None:
+        self.sock, self.events = sock, events
+        self.party: Optional[Party] = party
+
+
 class Relay:
     """One thread that reads and writes for all connections, so that none costs a thread.
 
@@ -9279,7 +9289,9 @@ class Relay:
     def __init__(self, on_fault: Callable[[Exception, str], None]) -> None:
         self._on_fault = on_fault
         self._selector = selectors.DefaultSelector()
-        self._watched: Dict[object, selectors.SelectorKey] = {}  # by socket
+        self._watched: Dict[object, Watch] = {}  # by socket
+        # Others would have to be told of each socket that is closed.
+        self._rests = type(self._selector).__name__ in ("EpollSelector", "KqueueSelector")
         self._calls: Deque[Tuple[Party, Callable[[], None]]] = deque()
         self._due: List[Tuple[float, int, Party]] = []  # a heap
         self._enough = 1000  # entries, before those are left out that count no more
@@ -9321,13 +9333,37 @@ class Relay:
 
     def watch(self, sock: socket.socket, events: int, party: Party) -> None:
         """Tell `party` when its socket is ready; replaces what was said of the socket before."""
-        tell = self._selector.modify if sock in self._watched else self._selector.register
-        self._watched[sock] = tell(sock, events, party)
+        watch = self._watched.get(sock)
+        if watch is None:
+            watch = self._watched[sock] = Watch(sock, events, party)
+            self._register(watch)
+        elif watch.events != events:
+            self._selector.modify(sock, events, watch)
+        watch.events, watch.party = events, party
+
+    def _register(self, watch: Watch) -> None:
+        try:
+            self._selector.register(watch.sock, watch.events, watch)
+        except KeyError:  # a socket of the same number was closed while it rested
+            self.unwatch(self._selector.get_key(watch.sock).data.sock)
+            self._selector.register(watch.sock, watch.events, watch)
 
     def unwatch(self, sock: socket.socket) -> None:
         """Look at a socket no more."""
-        if self._watched.pop(sock, None):
+        watch = self._watched.pop(sock, None)
+        if watch:
+            watch.party = None
             self._selector.unregister(sock)
+
+    def rest(self, sock: socket.socket) -> None:
+        """Look at a socket no more for now, so that to watch it again takes no system call.
+
+        If it stirs it is looked at no more at all. It may be closed, by any thread.
+        """
+        if not self._rests:
+            self.unwatch(sock)
+        elif sock in self._watched:
+            self._watched[sock].party = None
 
     def remind(self, when: float, party: Party) -> None:
         """Have `party` asked what is due at a time, or earlier."""
@@ -9343,16 +9379,20 @@ class Relay:
         nobody = Party()
         while not self._ended:
             self._guarded(nobody, self._turn)
-        for key in list(self._watched.values()):
-            self._guarded(key.data, key.data.abort)
+        for party in [watch.party for watch in self._watched.values()]:
+            if party:
+                self._guarded(party, party.abort)
 
     def _turn(self) -> None:
         ready = self._selector.select(self._patience())
         for key, _ in ready:
-            if key.data is None:
+            watch: Optional[Watch] = key.data
+            if watch is None:
                 self._wakened.recv(1 << 12)
-            elif self._watched.get(key.fileobj) is key:  # else one before it ended or changed that
-                self._guarded(key.data, key.data.on_ready)
+            elif watch.party:
+                self._guarded(watch.party, watch.party.on_ready)
+            elif watch is self._watched.get(watch.sock):  # else one before it ended that
+                self.unwatch(watch.sock)
         for _ in range(len(self._calls)):
             self._guarded(*self._calls.popleft())
         self._ask_due(time.monotonic())
@@ -9625,7 +9665,7 @@ class Errand(Party, Generic[Outcome]):
     def _head_came(self) -> UpstreamConnection:
         pending, self._pending = self._pending, None
         assert pending is not None
-        self._relay.unwatch(pending.sock)
+        self._relay.rest(pending.sock)
         return pending
 
     def on_ready(self) -> None:
@@ -9779,7 +9819,7 @@ class Pump(Party):
     def pause(self) -> None:
         """Read no more for now."""
         if self._watched is not None:
-            self._relay.unwatch(self._watched)
+            self._relay.rest(self._watched)
             self._watched = None
 
     def drop(self) -> None:

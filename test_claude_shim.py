@@ -25,6 +25,7 @@ import random
 import re
 import secrets
 import select
+import selectors
 import signal
 import socket
 import sqlite3
@@ -18289,7 +18290,7 @@ def test_client_that_leaves_after_a_long_request_in_a_row_is_noticed() -> None:
             client.send(POST_CHAT)
             assert fake.asked.acquire(timeout=PATIENCE)
             client.send(raw_post("/v1/chat/completions", long))
-            wait_until(lambda: any(len(c._reader) > 40_000 for c in server.connections))
+            wait_until(lambda: any(len(c._reader) > shim.PROMPT_BYTES for c in server.connections))
             go.set()
             assert fake.asked.acquire(timeout=PATIENCE)
         assert fake.gone.wait(PATIENCE)
@@ -18416,6 +18417,86 @@ def test_few_large_requests_run_at_a_time_and_small_ones_overtake_them() -> None
         assert len(fake.requests) == 2
         go.set()
         assert first.answer().status == second.answer().status == 200
+
+
+class Listener(shim.Party):
+    """A party that reads what it is told of."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.heard: List[bytes] = []
+
+    def on_ready(self) -> None:
+        self.heard.append(self.sock.recv(100))
+
+
+@contextlib.contextmanager
+def relayed_pair(relay: shim.Relay) -> Iterator[Tuple[Listener, socket.socket]]:
+    """A party whose socket the relay watches, and the other end of that."""
+    near, far = socket.socketpair()
+    with near, far:
+        party = Listener(near)
+        relay.watch(near, selectors.EVENT_READ, party)
+        yield party, far
+
+
+@pytest.fixture
+def relay() -> Iterator[shim.Relay]:
+    faults: List[Exception] = []
+    relay = shim.Relay(lambda error, where: faults.append(error))
+    yield relay
+    relay.stop()
+    assert faults == []
+
+
+def turn(relay: shim.Relay) -> None:
+    relay.call(shim.Party(), lambda: None)  # so that there is something to do
+    relay._turn()
+
+
+@pytest.mark.parametrize("rests", [True, False])
+def test_relay_tells_of_a_resting_socket_only_who_watches_it_again(
+    relay: shim.Relay, rests: bool
+) -> None:
+    relay._rests = relay._rests and rests
+    with relayed_pair(relay) as (first, far):
+        relay.rest(first.sock)
+        second = Listener(first.sock)
+        relay.watch(first.sock, selectors.EVENT_READ, second)
+        far.sendall(b"a")
+        turn(relay)
+        assert (first.heard, second.heard) == ([], [b"a"])
+
+
+def test_relay_looks_no_more_at_a_resting_socket_that_stirs(relay: shim.Relay) -> None:
+    with relayed_pair(relay) as (party, far):
+        relay.rest(party.sock)
+        far.sendall(b"a")
+        turn(relay)
+        assert party.heard == []
+        assert party.sock not in relay._watched  # else each turn would be told of it
+        relay.watch(party.sock, selectors.EVENT_READ, party)
+        turn(relay)
+        assert party.heard == [b"a"]
+
+
+def test_relay_watches_a_socket_with_the_number_of_one_that_was_closed_at_rest(
+    relay: shim.Relay,
+) -> None:
+    with relayed_pair(relay) as (old, _):
+        relay.rest(old.sock)
+        near, far = socket.socketpair()
+        number = old.sock.fileno()
+        old.sock.close()
+        os.dup2(near.fileno(), number, inheritable=False)
+        near.close()
+        with far, socket.socket(fileno=number) as sock:
+            new = Listener(sock)
+            relay.watch(sock, selectors.EVENT_READ, new)
+            far.sendall(b"a")
+            turn(relay)
+            assert (old.heard, new.heard) == ([], [b"a"])
+            assert old.sock not in relay._watched
 
 
 def test_gate_lets_in_so_many_in_a_second() -> None:
