@@ -2807,6 +2807,19 @@ _PLAIN_DELTA_TEXT = re.compile(rb'(?<=\0)([^"\\\x00-\x1f]*)"\} *\}\0')  # withou
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
+def delta_texts(rests: Sequence[bytes]) -> List[bytes]:
+    """Return the texts of text deltas, given without their start, as JSON in ASCII without quotes.
+
+    Empty ones are left out; none at all if one of the events has to be parsed.
+    """
+    run = b"\0".join([b"", *rests, b""])
+    texts = (_DELTA_TEXT if b"\\" in run else _PLAIN_DELTA_TEXT).findall(run)
+    if not len(texts) == len(rests) == run.count(b"\0") - 1:
+        return []
+    texts = list(filter(None, texts))
+    return texts if run.isascii() else ascii_texts(texts)
+
+
 def ascii_texts(texts: Iterable[bytes]) -> List[bytes]:
     """Return JSON texts in ASCII; none at all if one is not UTF-8."""
     try:
@@ -2844,7 +2857,7 @@ class EventTransform:
 
     def feed(self, burst: bytes) -> bytes:
         """Return what the client gets for `burst`; a failure becomes bytes too."""
-        if self.failed or self.complete:
+        if self.failed or self._sink.complete:
             return b""
         made: List[bytes] = []
         try:
@@ -2854,44 +2867,33 @@ class EventTransform:
         return b"".join(made)
 
     def _feed_events(self, events: bytes, made: List[bytes]) -> None:
-        blocks, position, sink = events.split(b"\n\n"), 0, self._sink
-        del blocks[-1]  # the nothing behind the last empty line
-        while position < len(blocks) and not sink.complete:
-            end, texts = self._text_run(blocks, position) if sink.takes_text else (position + 1, [])
-            if texts:
-                made.append(sink.feed_text(texts))
+        run: List[bytes] = []  # text deltas that follow each other, without their start
+        for block in events.split(b"\n\n")[:-1]:
+            rest = block.removeprefix(self._start)
+            if rest is not block:
+                run.append(rest)
+                continue
+            self._feed_run(run, made)
+            start = _DELTA_START.match(block) if self._sink.takes_text else None
+            run = [block[start.end() :]] if start else []
+            if start:
+                self._start = start.group()
             else:
-                self._feed_parsed(blocks[position:end], made)
-            position = end
+                self._feed_parsed(block, made)
+        self._feed_run(run, made)
 
-    def _text_run(self, blocks: Sequence[bytes], position: int) -> Tuple[int, List[bytes]]:
-        """Where the text deltas from `position` on end, and their texts that are not empty.
+    def _feed_run(self, rests: Sequence[bytes], made: List[bytes]) -> None:
+        texts = delta_texts(rests) if rests and self._sink.takes_text else []
+        if texts:
+            made.append(self._sink.feed_text(texts))
+        else:
+            for rest in rests:
+                self._feed_parsed(self._start + rest, made)
 
-        As JSON in ASCII, without quotes; none if one of these events has to be parsed.
-        """
-        if not blocks[position].startswith(self._start):
-            start = _DELTA_START.match(blocks[position])
-            if start is None:
-                return position + 1, []
-            self._start = start.group()
-        rests = []
-        for at in range(position, len(blocks)):
-            rest = blocks[at].removeprefix(self._start)
-            if rest is blocks[at]:
-                break
-            rests.append(rest)
-        end, run = position + len(rests), b"\0".join([b"", *rests, b""])
-        texts = (_DELTA_TEXT if b"\\" in run else _PLAIN_DELTA_TEXT).findall(run)
-        if not len(texts) == len(rests) == run.count(b"\0") - 1:
-            return end, []
-        texts = list(filter(None, texts))
-        return end, texts if run.isascii() else ascii_texts(texts)
-
-    def _feed_parsed(self, blocks: Sequence[bytes], made: List[bytes]) -> None:
-        for block in blocks:
-            event = parsed_event(block)
-            if event:
-                made.append(self._sink.feed(event))
+    def _feed_parsed(self, block: bytes, made: List[bytes]) -> None:
+        event = None if self._sink.complete else parsed_event(block)
+        if event:
+            made.append(self._sink.feed(event))
 
     def end(self, error: Optional[ShimError] = None) -> bytes:
         """Return what the client gets when no more comes; a failure unless all had come."""
@@ -10328,14 +10330,15 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
     def _write(self, piece: bytes) -> None:
         if self.gone or self.closed or not piece:
             return
-        if not self._out:
-            self._sent_at = time.monotonic()
-            self.server.relay.remind(self._sent_at + self.server.limits.write_seconds, self)
+        waits = bool(self._out)
         self._out.append(memoryview(piece))
         self.backlog += len(piece)
-        self._flush()
+        if not waits:
+            self._sent_at = time.monotonic()
+            self._flush()
 
     def _flush(self) -> None:
+        before = self.backlog
         while self._out:
             piece = self._out[0]
             try:
@@ -10346,14 +10349,16 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
                 return
             if not sent:
                 break
-            self._sent_at = time.monotonic()
             self.backlog -= sent
             if sent == len(piece):
                 self._out.popleft()
             else:
                 self._out[0] = piece[sent:]
+        if self._out and self.backlog < before:
+            self._sent_at = time.monotonic()
         if bool(self._out) != bool(self._events & selectors.EVENT_WRITE):
             self._listen()
+            self.server.relay.remind(self._sent_at + self.server.limits.write_seconds, self)
         if self._ending and not self._out:
             self._linger()
 
