@@ -923,6 +923,8 @@ def resolved_model_id(name: str, aliases: Dict[str, str], live: Sequence[Model])
     `aliases` maps names or globs to ids or to one of the lines; `live` is upstream's own list.
     ModelNotFoundError names what exists.
     """
+    if len(name) > 256:  # models are kept by name, so it must not be large
+        raise ModelNotFoundError(_no_such_model(name, aliases, live), param="model")
     bare, ids = _PREFIX.sub("", name.strip()), [model.id for model in live]
     for pattern, target in aliases.items():
         if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(bare, pattern):
@@ -948,8 +950,7 @@ def newest_of_line(line: str, live: Sequence[Model]) -> str:
 
 
 def _is_claude(name: str) -> bool:
-    known = _ALIAS.match(name) or "claude" in name.lower()
-    return bool(known) and len(name) <= 256  # models are kept by name, so it must not be large
+    return bool(_ALIAS.match(name)) or "claude" in name.lower()
 
 
 def _no_such_model(name: str, aliases: Dict[str, str], live: Sequence[Model]) -> str:

@@ -1916,11 +1916,13 @@ def test_resolved_model_id(
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt-4o", "o3", "", "sonnets", "deepseek-chat", "gpt-4o" * 99, "claude-" * 99]
+    "name",
+    ["gpt-4o", "o3", "", "sonnets", "deepseek-chat", "gpt-4o" * 99, "claude-" * 99]
+    + [" " * 256 + "opus", "all" * 99],
 )
 def test_s2_f9_s4_b18_other_models_are_not_found(name: str) -> None:
     with pytest.raises(shim.ModelNotFoundError) as caught:
-        shim.resolved_model_id(name, {"mine": "opus"}, LIVE)
+        shim.resolved_model_id(name, {"mine": "opus", "all*": "opus"}, LIVE)
     error = caught.value
     assert (error.status, error.param, error.code) == (404, "model", "model_not_found")
     for known in ("opus", "sonnet", "haiku", "mine", "claude-opus-6", f"'{name[:100]}'"):
