@@ -8127,7 +8127,7 @@ class App:
         self.policy = policy
         self.log = log
         self.catalogue = Catalogue()
-        self._model_ids: Tuple[object, Callable[[str], str]] = (None, str)  # as long as it is so
+        self._model_ids: Tuple[object, object, Callable[[str], str]] = (None, None, str)
         self.memory = ThinkingMemory()
         self.store = ResponseStore(policy.responses_store)
         self.sealing_key_file = ""  # made when first needed; without, the key ends with the process
@@ -8624,13 +8624,13 @@ class App:
     # --- models and health
 
     def _model_id(self, name: str) -> str:
-        known, live = self._model_ids, self.catalogue.live
-        if known[0] is not live:
+        known, policy, live = self._model_ids, self.policy, self.catalogue.live
+        if known[0] is not policy or known[1] is not live:  # which both may be replaced
             ask = functools.partial(
-                resolved_model_id, aliases=self.policy.aliases, live=self.catalogue.models()
+                resolved_model_id, aliases=policy.aliases, live=self.catalogue.models()
             )
-            self._model_ids = known = live, functools.lru_cache(maxsize=256)(ask)
-        return known[1](name)
+            self._model_ids = known = policy, live, functools.lru_cache(maxsize=256)(ask)
+        return known[2](name)
 
     def _refresh_models(self, request: Request) -> None:
         """Ask upstream for its models now and then, beside the requests."""

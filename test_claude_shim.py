@@ -14051,6 +14051,15 @@ MODEL_NAMES = [
 ]
 
 
+def test_model_aliases_follow_new_settings() -> None:
+    app, upstream = app_on(FINE, FINE, aliases={"mine": "claude-haiku-4-5"})
+    ask(app, CHAT, {**QUESTION, "model": "mine"})
+    app.policy = app.policy._replace(aliases={"mine": "claude-opus-4-8"})  # as SIGHUP does it
+    ask(app, CHAT, {**QUESTION, "model": "mine"})
+    models = [body["model"] for body in upstream.bodies()]
+    assert models == ["claude-haiku-4-5", "claude-opus-4-8"]
+
+
 @pytest.mark.parametrize(("name", "aliases", "expected"), MODEL_NAMES)
 def test_chat_model_names(name: Optional[str], aliases: Dict[str, str], expected: str) -> None:
     app, upstream = app_on(FINE, aliases=aliases)
