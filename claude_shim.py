@@ -2884,7 +2884,8 @@ class EventTransform:
         self._feed_run(run, made)
 
     def _feed_run(self, rests: Sequence[bytes], made: List[bytes]) -> None:
-        texts = delta_texts(rests) if rests and self._sink.takes_text else []
+        spliced = rests and self._sink.takes_text and not self._sink.complete
+        texts = delta_texts(rests) if spliced else []
         if texts:
             made.append(self._sink.feed_text(texts))
         else:

@@ -8650,6 +8650,13 @@ def test_chat_stream_ends_once(rest: bytes) -> None:
     assert chunks(apart.feed(raw) + apart.feed(rest) + apart.end()) == expected
 
 
+def test_chat_stream_has_no_text_after_its_end_although_its_block_is_open() -> None:
+    transform = shim.EventTransform(shim.ChatStreamEncoder(REPLY))
+    transform.feed(sse(message_start(), block_start(0, type="text", text="")))
+    end = sse(message_delta("end_turn"), MESSAGE_STOP)
+    assert chunks(transform.feed(end + sse(text_delta(0, "late")))) == [finish("stop"), "[DONE]"]
+
+
 def server_error(message: str, code: Optional[str] = None) -> JSON:
     error = {"message": message, "type": "server_error", "param": None, "code": code}
     return {"error": error}
