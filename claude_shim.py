@@ -9339,8 +9339,9 @@ class Relay:
         """Tell `party` when its socket is ready; replaces what was said of the socket before."""
         watch = self._watched.get(sock)
         if watch is None:
-            watch = self._watched[sock] = Watch(sock, events, party)
+            watch = Watch(sock, events, party)
             self._register(watch)
+            self._watched[sock] = watch
         elif watch.events != events:
             self._selector.modify(sock, events, watch)
         watch.events, watch.party = events, party
@@ -9349,7 +9350,8 @@ class Relay:
         try:
             self._selector.register(watch.sock, watch.events, watch)
         except KeyError:  # a socket of the same number was closed while it rested
-            self.unwatch(self._selector.get_key(watch.sock).data.sock)
+            closed = self._selector.unregister(watch.sock).data  # by its number: the other has none
+            del self._watched[closed.sock]
             self._selector.register(watch.sock, watch.events, watch)
 
     def unwatch(self, sock: socket.socket) -> None:

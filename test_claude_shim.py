@@ -1917,8 +1917,10 @@ def test_resolved_model_id(
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt-4o", "o3", "", "sonnets", "deepseek-chat", "gpt-4o" * 99, "claude-" * 99]
-    + [" " * 256 + "opus", "all" * 99],
+    [
+        *("gpt-4o", "o3", "", "sonnets", "deepseek-chat"),
+        *("gpt-4o" * 99, "claude-" * 99, " " * 256 + "opus", "all" * 99),
+    ],
 )
 def test_s2_f9_s4_b18_other_models_are_not_found(name: str) -> None:
     with pytest.raises(shim.ModelNotFoundError) as caught:
@@ -18515,6 +18517,15 @@ def test_relay_watches_a_socket_with_the_number_of_one_that_was_closed_at_rest(
             turn(relay)
             assert (old.heard, new.heard) == ([], [b"a"])
             assert old.sock not in relay._watched
+
+
+def test_relay_does_not_know_a_socket_that_it_could_not_watch(relay: shim.Relay) -> None:
+    """Else who gives up over that fails once more, and is never forgotten."""
+    with socket.socket() as sock:
+        sock.close()
+        with pytest.raises(ValueError, match="descriptor"):
+            relay.watch(sock, selectors.EVENT_READ, shim.Party())
+        relay.unwatch(sock)
 
 
 def test_gate_lets_in_so_many_in_a_second() -> None:
