@@ -8325,8 +8325,9 @@ class App:
 
     def _answer_headers(self, asked: Sequence[Asked], draft: Draft) -> HeaderList:
         headers = openai_headers(asked[0].headers, time.time())
-        for other in asked[1:]:
-            headers += [field for field in other.headers if field[0] == BILLING_HEADER]
+        billing = [pair for each in asked[1:] for pair in each.headers if pair[0] == BILLING_HEADER]
+        if billing and BILLING_HEADER not in map(NAME_OF, headers):
+            headers.append(billing[0])
         changed = dict.fromkeys((*draft.ignored, *asked[0].changed))
         if changed:
             ignored = ",".join(map(plain, changed))

@@ -16451,10 +16451,12 @@ def test_fallback_that_is_not_needed_pays_nothing(path: str, fine: Answer) -> No
     assert bearers(upstream) == ["sk-ant-api03-upstream"]
 
 
-def test_fallback_that_pays_for_one_of_several_choices_is_told() -> None:
+@pytest.mark.parametrize("broken", [(0,), (1,), (0, 1)])
+def test_fallback_that_pays_for_some_of_several_choices_is_told_once(broken: Tuple[int]) -> None:
     second = shim.APIKey("sk-ant-api03-second", "the test")
     fine, broke = streamed(*TEXT_EVENTS), refused(429, "rate_limit_error", "no")
-    app, _ = app_on(fine, broke, fine, fallback=second)
+    answers = [each for n in range(2) for each in ([broke, fine] if n in broken else [fine])]
+    app, _ = app_on(*answers, fallback=second)
     response = ask(app, CHAT, {**QUESTION, "n": 2})
     assert field(response, "x-claude-shim-billing") == ["api-key"]
 
