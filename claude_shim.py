@@ -1076,7 +1076,9 @@ def _codex_entry(number: int, entry: JSON) -> JSON:
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
 _KNOWN_FIELDS: Dict[bytes, Tuple[str, str]] = {}  # by line: most come again and again
 _MOST_KNOWN_FIELDS = 1024
-_SECRET_FIELDS = re.compile(r".*(?:authorization|-key|cookie)")  # are not kept
+_SECRET_FIELDS = re.compile(  # are not kept
+    r".*(?:authorization|key|cookie|token|secret|password|assertion)"
+)
 
 
 def header_fields(lines: Iterable[bytes]) -> HeaderList:

@@ -12550,9 +12550,10 @@ def test_response_head_is_parsed(head: bytes, expected: Any) -> None:
 
 
 def test_header_lines_that_hold_a_secret_are_not_kept() -> None:
-    names = (b"Authorization", b"Proxy-Authorization", b"X-Api-Key", b"api-key", b"Cookie")
+    names = [b"Authorization", b"Proxy-Authorization", b"X-Api-Key", b"api-key", b"Cookie"]
+    names += [b"X-Auth-Token", b"CF-Access-Client-Secret", b"apikey", b"Cf-Access-Jwt-Assertion"]
     lines = [name + b": s3cret" for name in (*names, b"Set-Cookie", b"x-claude-shim-key")]
-    assert [value for _, value in shim.header_fields(lines)] == ["s3cret"] * 7
+    assert [value for _, value in shim.header_fields(lines)] == ["s3cret"] * 11
     assert not any(b"s3cret" in line for line in shim._KNOWN_FIELDS)
 
 
