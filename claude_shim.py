@@ -9185,7 +9185,8 @@ class RequestReader:
         self._limits = limits
         self._rest = b""  # what came and was not taken yet
         self._body = io.BytesIO()  # as far as it came, if not at once
-        self._wanted = 0  # bytes of it that are still to come
+        self._looked = 0  # bytes of a head that is not whole, as it was when last looked at
+        self._wanted = 0  # bytes of the body that are still to come
         self._chunks: Optional[ChunkedDecoder] = None
         self._skipped = False  # RFC 9112 2.2 allows one empty line before a request
 
@@ -9210,8 +9211,11 @@ class RequestReader:
         """Return the next head; a ProtocolError if it is malformed or too large."""
         if self._rest.startswith(b"\r\n") and not self._skipped:
             self._rest, self._skipped = self._rest[2:], True
+        if len(self._rest) < 2 * self._looked and b"\n" not in self._rest[self._looked :]:
+            return None  # to look at all of it for each byte takes quadratic time
         head, empty, rest = self._rest.partition(b"\r\n\r\n")
         self._check_size(head, bool(empty))
+        self._looked = 0 if empty else len(head)
         if not empty:
             return None
         self._rest, self._skipped = rest, False

@@ -16509,6 +16509,20 @@ def test_request_head_is_parsed(head: bytes, expected: Any) -> None:
     assert shim.parsed_head(head) == expected
 
 
+def test_request_head_that_comes_byte_by_byte_takes_no_quadratic_time() -> None:
+    reader = shim.RequestReader(shim.ServerLimits())
+    fields = [b"a%d: %b\r\n" % (number, b"x" * 500) for number in range(120)]
+    began = time.process_time()
+    for byte in single_bytes(b"\r\nGET / HTTP/1.1\r\nHost: a\r\n" + b"".join(fields) + b"\r"):
+        reader.feed(byte)
+        assert reader.head() is None
+    assert time.process_time() - began < 3.0  # it once took 8
+    reader.feed(b"\nnext")
+    head = reader.head()
+    assert head is not None
+    assert (head.target, len(head.fields), len(reader)) == ("/", 121, 4)
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
