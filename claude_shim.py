@@ -3465,18 +3465,22 @@ def chat_json(messages: Sequence[JSON], reply: ChatReply) -> bytes:
         return dumps(chat_from_messages(messages, reply))
     usage = message["usage"]
     prompt, completion = input_token_total(usage), token_count(usage, "output_tokens")
-    return _plain_text_form(str(message.get("stop_reason"))) % {
-        b"id": dumps(message["id"])[1:-1],
-        b"model": dumps(message["model"])[1:-1],
-        b"text": dumps(message["content"][0]["text"])[1:-1],
-        b"created": reply.created,
-        b"prompt": prompt,
-        b"completion": completion,
-        b"total": prompt + completion,
-        b"read": token_count(usage, "cache_read_input_tokens"),
-        b"written": token_count(usage, "cache_creation_input_tokens"),
-        b"reasoning": thinking_token_count(usage),
-    }
+    reason = str(message.get("stop_reason"))
+    return (
+        _plain_text_form(reason if reason in FINISH_REASONS else "")
+        % {  # a form is kept
+            b"id": dumps(message["id"])[1:-1],
+            b"model": dumps(message["model"])[1:-1],
+            b"text": dumps(message["content"][0]["text"])[1:-1],
+            b"created": reply.created,
+            b"prompt": prompt,
+            b"completion": completion,
+            b"total": prompt + completion,
+            b"read": token_count(usage, "cache_read_input_tokens"),
+            b"written": token_count(usage, "cache_creation_input_tokens"),
+            b"reasoning": thinking_token_count(usage),
+        }
+    )
 
 
 def _is_plain_text(message: JSON) -> bool:

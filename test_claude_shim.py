@@ -7704,6 +7704,14 @@ def test_the_json_of_any_chat_answer_is_that_of_its_completion() -> None:
         )
 
 
+def test_forms_of_answers_are_not_kept_by_reasons_that_are_not_known() -> None:
+    """They may be large, as may all that upstream says."""
+    chat_answer([chat_message_of(says("a"), stop_reason="moon phase")], REPLY)
+    kept = shim._plain_text_form.cache_info().currsize
+    chat_answer([chat_message_of(says("a"), stop_reason="m" * 10**6)], REPLY)
+    assert shim._plain_text_form.cache_info().currsize == kept
+
+
 STOP_REASONS = [
     case("end_turn", "end_turn", "stop"),
     case("stop_sequence", "stop_sequence", "stop"),
