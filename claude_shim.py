@@ -4775,9 +4775,9 @@ class ResponsesStreamEncoder(EventSink):
     def feed_text(self, texts: List[bytes]) -> bytes:
         """Return the events of a run of text deltas: JSON text is spliced as it stands."""
         self._message.feed_text(texts)
-        around, first = self._around_text, self._number
+        numbered = itertools.chain.from_iterable(enumerate(texts, self._number))
         self._number += len(texts)
-        return b"".join([around % pair for pair in enumerate(texts, first)])
+        return (self._around_text * len(texts)) % tuple(numbered)
 
     def fail(self, error: ShimError) -> bytes:
         """Return the two events that tell of a failure; nothing follows them."""
