@@ -6136,7 +6136,7 @@ def ready_of(
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-def sent_now(sock: socket.socket, piece: memoryview) -> int:
+def sent_now(sock: socket.socket, piece: Union[bytes, memoryview]) -> int:
     """Return how many bytes a non-blocking socket takes now; OSError when it is broken."""
     try:
         return sock.send(piece)
@@ -10330,37 +10330,41 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
     def _write(self, piece: bytes) -> None:
         if self.gone or self.closed or not piece:
             return
-        waits = bool(self._out)
-        self._out.append(memoryview(piece))
-        self.backlog += len(piece)
-        if not waits:
+        sent = 0 if self._out else self._taken(piece)
+        if sent == len(piece):
+            return
+        if not self._out:
             self._sent_at = time.monotonic()
-            self._flush()
+            self.server.relay.remind(self._sent_at + self.server.limits.write_seconds, self)
+        self._out.append(memoryview(piece)[sent:])
+        self.backlog += len(piece) - sent
+        self._listen()
+
+    def _taken(self, piece: Union[bytes, memoryview]) -> int:
+        """How many bytes the client takes now; all of them when it has gone."""
+        try:
+            return sent_now(self.request, piece)
+        except OSError:
+            self._out.clear()
+            self._hung_up()
+            return len(piece)
 
     def _flush(self) -> None:
-        before = self.backlog
         while self._out:
             piece = self._out[0]
-            try:
-                sent = sent_now(self.request, piece)
-            except OSError:
-                self._out.clear()
-                self._hung_up()
-                return
-            if not sent:
+            sent = self._taken(piece)
+            if not (self._out and sent):
                 break
+            self._sent_at = time.monotonic()
             self.backlog -= sent
             if sent == len(piece):
                 self._out.popleft()
             else:
                 self._out[0] = piece[sent:]
-        if self._out and self.backlog < before:
-            self._sent_at = time.monotonic()
-        if bool(self._out) != bool(self._events & selectors.EVENT_WRITE):
+        if not self._out:
             self._listen()
-            self.server.relay.remind(self._sent_at + self.server.limits.write_seconds, self)
-        if self._ending and not self._out:
-            self._linger()
+            if self._ending:
+                self._linger()
 
     # --- the end of an answer, and of the connection
 
