@@ -492,6 +492,11 @@ def dumps(value: Any) -> bytes:
     return _encoded(value).encode("ascii")
 
 
+def escaped(text: str) -> bytes:
+    """Return what stands between the quotes of `text` as ASCII JSON."""
+    return json.encoder.encode_basestring_ascii(text)[1:-1].encode("ascii")
+
+
 def dumps_around(value: Any, strings: Sequence[str]) -> Optional[bytes]:
     """Return the JSON of `value` with `strings`, in turn, for those of its strings that are HOLE.
 
@@ -3459,12 +3464,12 @@ def chat_json(messages: Sequence[JSON], reply: ChatReply) -> bytes:
     refused = reply.json_schema and message.get("stop_reason") == "refusal"
     if len(messages) > 1 or reply.json_object or refused or not _is_plain_text(message):
         return dumps(chat_from_messages(messages, reply))
-    usage = message["usage"]
+    usage, stop_reason = message["usage"], str(message.get("stop_reason"))
     prompt, completion = input_token_total(usage), token_count(usage, "output_tokens")
-    return _plain_text_form(str(message.get("stop_reason"))) % {
-        b"id": dumps(message["id"])[1:-1],
-        b"model": dumps(message["model"])[1:-1],
-        b"text": dumps(message["content"][0]["text"])[1:-1],
+    return _plain_text_form(stop_reason if stop_reason in FINISH_REASONS else "") % {
+        b"id": escaped(message["id"]),
+        b"model": escaped(message["model"]),
+        b"text": escaped(message["content"][0]["text"]),
         b"created": reply.created,
         b"prompt": prompt,
         b"completion": completion,
@@ -3477,13 +3482,15 @@ def chat_json(messages: Sequence[JSON], reply: ChatReply) -> bytes:
 
 def _is_plain_text(message: JSON) -> bool:
     """Whether an answer is one text and nothing else, as most are."""
-    block = message["content"][0] if len(message["content"]) == 1 else {}
-    texts = (block.get("text"), message.get("id"), message.get("model"))
-    plain = block.get("type") == "text" and len(block) == 2 and not message.get("stop_details")
+    block = object_or_empty(message["content"][0] if len(message["content"]) == 1 else None)
     return (
-        plain
-        and all(isinstance(text, str) for text in texts)
-        and isinstance(message["usage"], dict)
+        block.get("type") == "text"
+        and len(block) == 2
+        and isinstance(block.get("text"), str)
+        and isinstance(message.get("id"), str)
+        and isinstance(message.get("model"), str)
+        and isinstance(message.get("usage"), dict)
+        and not message.get("stop_details")
     )
 
 
@@ -9397,7 +9404,8 @@ class Relay:
                 self.unwatch(watch.sock)
         for _ in range(len(self._calls)):
             self._guarded(*self._calls.popleft())
-        self._ask_due(time.monotonic())
+        if self._due:
+            self._ask_due(time.monotonic())
 
     def _patience(self) -> Optional[float]:
         if self._calls:
