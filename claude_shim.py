@@ -2848,12 +2848,8 @@ class EventTransform:
         self._sink = sink
         self._events = EventDecoder()
         self._start = b"\n\n"  # of the last text delta; this of none
+        self.complete = False  # the answer has come to its regular end
         self.failed = False  # the client was told of an error, and gets nothing more
-
-    @property
-    def complete(self) -> bool:
-        """Whether the answer has come to its regular end."""
-        return self._sink.complete
 
     @property
     def heartbeat(self) -> bytes:
@@ -2862,11 +2858,12 @@ class EventTransform:
 
     def feed(self, burst: bytes) -> bytes:
         """Return what the client gets for `burst`; a failure becomes bytes too."""
-        if self.failed or self._sink.complete:
+        if self.failed or self.complete:
             return b""
         made: List[bytes] = []
         try:
             self._feed_events(self._events.feed(burst), made)
+            self.complete = self._sink.complete
         except ShimError as error:
             made.append(self.end(error))
         return b"".join(made)
@@ -6502,6 +6499,7 @@ class UpstreamConnection(Source):
         framing = response_framing(status, headers)
         self._chunks = ChunkedDecoder() if framing.chunked else None
         self._left, self._keep = framing.length, framing.keep and self._persistent
+        self._finished = framing.length == 0
         return UpstreamResponse(status, headers, self)
 
     def _head_burst(self) -> Optional[bytes]:
@@ -6535,21 +6533,17 @@ class UpstreamConnection(Source):
                 return answer
 
     def ready(self) -> bool:
-        return bool(self._buffer) or self._at_end() or holds_more(self.sock)
+        return bool(self._buffer) or self._finished or holds_more(self.sock)
 
     def read(self) -> Optional[bytes]:
-        if self._at_end():
-            self._finished = True
+        if self._finished:
             return b""
         try:
             burst, self._buffer = self._buffer or received_now(self.sock, _BURST), b""
         except OSError as error:
             raise UpstreamCutError(f"the connection to upstream broke: {error}") from None
         body = None if burst is None else self._decoded(burst)
-        return body or (b"" if self._at_end() else None)
-
-    def _at_end(self) -> bool:
-        return self._finished or self._left == 0 or (self._chunks is not None and self._chunks.done)
+        return body or (b"" if self._finished else None)
 
     def _decoded(self, burst: bytes) -> bytes:
         if self._chunks is None and self._left is None:
@@ -6559,12 +6553,15 @@ class UpstreamConnection(Source):
             raise UpstreamCutError("upstream hung up in the middle of the answer")
         if self._chunks is not None:
             try:
-                return self._chunks.feed(burst)
+                body = self._chunks.feed(burst)
             except ProtocolError as error:
                 raise UpstreamCutError(f"upstream: {error.message}") from None
+            self._finished = self._chunks.done
+            return body
         assert self._left is not None
         body, self._buffer = burst[: self._left], burst[self._left :]
         self._left -= len(body)
+        self._finished = self._left == 0
         return body
 
     def close(self) -> None:
@@ -6576,10 +6573,10 @@ class UpstreamConnection(Source):
             self.drop()
 
     def rests(self) -> bool:
-        if not self._at_end():
+        if not self._finished:
             with contextlib.suppress(ShimError):
                 self.read()
-        return self._at_end() and not self._buffer and not (self._chunks and self._chunks.rest)
+        return self._finished and not self._buffer and not (self._chunks and self._chunks.rest)
 
     def drop(self) -> None:
         self._keep = False
