@@ -2279,8 +2279,8 @@ class Adapted(NamedTuple):
 def adapted(request: JSON, model: Model) -> Adapted:
     """Return `request` as `model` takes it: each rule drops or replaces what is a 400 there."""
     changed: List[str] = []
-    for fields, rule in MODEL_RULES:
-        if not fields.isdisjoint(request):
+    for field, rule in MODEL_RULES:
+        if field in request:
             request = rule(request, model, changed)
     return Adapted(request, tuple(dict.fromkeys(changed)))
 
@@ -2452,19 +2452,21 @@ def _default_max_tokens_rule(request: JSON, model: Model, changed: List[str]) ->
     return {"max_tokens": model.max_tokens, **request}
 
 
-# Each with the fields that it is about: without one of them it changes nothing.
-MODEL_RULES: Tuple[Tuple[FrozenSet[str], Callable[[JSON, Model, List[str]], JSON]], ...] = (
-    (frozenset({"max_tokens"}), _max_tokens_rule),
-    (frozenset({"max_tokens"}), _small_answer_rule),
-    (frozenset({"thinking"}), _thinking_rule),
-    (frozenset({"output_config"}), _effort_rule),
-    (frozenset({"temperature", "top_p", "top_k"}), _sampling_rule),
-    (frozenset({"tool_choice"}), _tool_choice_rule),
-    (frozenset({"messages"}), _system_message_rule),
-    (frozenset({"messages"}), _prefill_rule),
-    (frozenset({"output_config"}), _structured_output_rule),
-    (frozenset({"tools"}), _strict_tools_rule),
-    (frozenset({"messages"}), _default_max_tokens_rule),
+# Each with a field that it is about: without one of them it changes nothing.
+MODEL_RULES: Tuple[Tuple[str, Callable[[JSON, Model, List[str]], JSON]], ...] = (
+    ("max_tokens", _max_tokens_rule),
+    ("max_tokens", _small_answer_rule),
+    ("thinking", _thinking_rule),
+    ("output_config", _effort_rule),
+    ("temperature", _sampling_rule),
+    ("top_p", _sampling_rule),
+    ("top_k", _sampling_rule),
+    ("tool_choice", _tool_choice_rule),
+    ("messages", _system_message_rule),
+    ("messages", _prefill_rule),
+    ("output_config", _structured_output_rule),
+    ("tools", _strict_tools_rule),
+    ("messages", _default_max_tokens_rule),
 )
 
 _SCHEMA_REFUSED = r"[Ss]chema is too complex|recursive schemas"
@@ -8970,12 +8972,13 @@ def parsed_head(head: bytes) -> Head:
     method, target, version = line.decode("ascii").split(" ")
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise VersionNotSupportedError(f"claude_shim speaks HTTP/1.1, not {version}")
-    grouped: Dict[str, List[str]] = {}
     try:
-        for name, value in header_fields(lines):
-            grouped.setdefault(name, []).append(value)
+        fields = header_fields(lines)
     except ValueError as error:
         raise ProtocolError(str(error)) from None
+    grouped = {name: [value] for name, value in fields}
+    if len(grouped) < len(fields):
+        grouped = {name: [v for n, v in fields if n == name] for name in grouped}
     if len(grouped.get("content-type", ())) > 1:
         raise ProtocolError("expected one Content-Type header")
     return _with_authority(Head(method, target, int(version[-1]), grouped))
