@@ -1142,6 +1142,10 @@ class ChunkedDecoder:
     def feed(self, burst: bytes) -> bytes:
         """Return the body bytes that `burst` completes; ProtocolError on malformed chunks."""
         if not self._left and not self._pending and burst.endswith(b"\r\n"):
+            size, _, rest = burst.partition(b"\r\n")
+            if rest and size == b"%x" % (len(rest) - 2):  # one chunk, as mostly
+                self.done = size == b"0"
+                return rest[:-2]
             whole = self._whole_chunks(burst)
             if whole is not None:
                 return whole
@@ -1170,11 +1174,7 @@ class ChunkedDecoder:
         return b"".join(pieces)
 
     def _whole_chunks(self, burst: bytes) -> Optional[bytes]:
-        """The data of one chunk, or of more that hold no CRLF; None for anything else."""
-        size, _, rest = burst.partition(b"\r\n")
-        if rest and size == b"%x" % (len(rest) - 2):
-            self.done = size == b"0"
-            return rest[:-2]
+        """The data of whole chunks, of which none holds a CRLF; None for anything else."""
         *lines, _ = burst.split(b"\r\n")
         pieces = lines[1::2]
         if lines[::2] != [b"%x" % len(piece) for piece in pieces] or b"" in pieces[:-1]:
@@ -2690,12 +2690,12 @@ class MessageAssembler(EventSink):
         self.message: Optional[JSON] = None
         self._pieces: List[str] = []
         self._raw: List[bytes] = []  # pieces that come after those, in JSON
-        self._in_text = False
+        self.in_text = False  # a text block is open
 
     @property
     def takes_text(self) -> bool:
         """Whether a text block is open."""
-        return self._in_text
+        return self.in_text
 
     @property
     def open_text(self) -> str:
@@ -2721,14 +2721,14 @@ class MessageAssembler(EventSink):
         message = object_or_empty(event.get("message"))
         usage = object_or_empty(message.get("usage"))
         self.message = {**message, "content": [], "usage": usage}
-        self._in_text = False
+        self.in_text = False
         return b""
 
     def _on_content_block_start(self, event: JSON) -> bytes:
         block = dict(object_or_empty(event.get("content_block")))
         self._blocks.append(block)
         self._pieces, self._raw = [], []
-        self._in_text = block.get("type") == "text" and self.message is not None
+        self.in_text = block.get("type") == "text" and self.message is not None
         return b""
 
     def _on_content_block_delta(self, event: JSON) -> bytes:
@@ -2751,7 +2751,7 @@ class MessageAssembler(EventSink):
         if not self._blocks:
             return b""
         block, text = self._blocks[-1], self.open_text
-        self._pieces, self._in_text = [], False
+        self._pieces, self.in_text = [], False
         if "input" in block:
             block.update(_parsed_input(text, block["input"]))
         elif block.get("type") in ("text", "thinking"):
@@ -3608,7 +3608,7 @@ class ChatStreamEncoder(EventSink):
     @property
     def takes_text(self) -> bool:
         """Whether text may be spliced: it may not where its characters count or are looked at."""
-        return self._splices and self._message.takes_text
+        return self._splices and self._message.in_text
 
     def feed_text(self, texts: List[bytes]) -> bytes:
         """Return the chunks of a run of text deltas: JSON text is spliced as it stands."""
@@ -4776,7 +4776,7 @@ class ResponsesStreamEncoder(EventSink):
     @property
     def takes_text(self) -> bool:
         """Whether text may be spliced: not where it is looked at, or not shown."""
-        return self._splices and self._message.takes_text
+        return self._splices and self._message.in_text
 
     def feed_text(self, texts: List[bytes]) -> bytes:
         """Return the events of a run of text deltas: JSON text is spliced as it stands."""
@@ -6428,6 +6428,7 @@ class UpstreamConnection(Source):
         self, sock: socket.socket, way: Way, limits: Limits, release: Callable[..., None]
     ) -> None:
         self.sock: socket.socket = sock
+        self._sealed = isinstance(sock, ssl.SSLSocket)
         self._way = way
         self.used = False  # has carried an answer before
         self.idle_since = 0.0
@@ -6535,7 +6536,7 @@ class UpstreamConnection(Source):
                 return answer
 
     def ready(self) -> bool:
-        return bool(self._buffer) or self._finished or holds_more(self.sock)
+        return bool(self._buffer) or self._finished or (self._sealed and holds_more(self.sock))
 
     def read(self) -> Optional[bytes]:
         if self._finished:
