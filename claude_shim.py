@@ -492,6 +492,11 @@ def dumps(value: Any) -> bytes:
     return _encoded(value).encode("ascii")
 
 
+def escaped(text: str) -> bytes:
+    """Return what stands between the quotes of `text` as ASCII JSON."""
+    return json.encoder.encode_basestring_ascii(text)[1:-1].encode("ascii")
+
+
 def dumps_around(value: Any, strings: Sequence[str]) -> Optional[bytes]:
     """Return the JSON of `value` with `strings`, in turn, for those of its strings that are HOLE.
 
@@ -1140,6 +1145,10 @@ class ChunkedDecoder:
     def feed(self, burst: bytes) -> bytes:
         """Return the body bytes that `burst` completes; ProtocolError on malformed chunks."""
         if not self._left and not self._pending and burst.endswith(b"\r\n"):
+            size, _, rest = burst.partition(b"\r\n")
+            if rest and size == b"%x" % (len(rest) - 2):  # one chunk, as mostly
+                self.done = size == b"0"
+                return rest[:-2]
             whole = self._whole_chunks(burst)
             if whole is not None:
                 return whole
@@ -1168,11 +1177,7 @@ class ChunkedDecoder:
         return b"".join(pieces)
 
     def _whole_chunks(self, burst: bytes) -> Optional[bytes]:
-        """The data of one chunk, or of more that hold no CRLF; None for anything else."""
-        size, _, rest = burst.partition(b"\r\n")
-        if rest and size == b"%x" % (len(rest) - 2):
-            self.done = size == b"0"
-            return rest[:-2]
+        """The data of whole chunks, of which none holds a CRLF; None for anything else."""
         *lines, _ = burst.split(b"\r\n")
         pieces = lines[1::2]
         if lines[::2] != [b"%x" % len(piece) for piece in pieces] or b"" in pieces[:-1]:
@@ -2277,8 +2282,8 @@ class Adapted(NamedTuple):
 def adapted(request: JSON, model: Model) -> Adapted:
     """Return `request` as `model` takes it: each rule drops or replaces what is a 400 there."""
     changed: List[str] = []
-    for fields, rule in MODEL_RULES:
-        if not fields.isdisjoint(request):
+    for field, rule in MODEL_RULES:
+        if field in request:
             request = rule(request, model, changed)
     return Adapted(request, tuple(dict.fromkeys(changed)))
 
@@ -2450,19 +2455,21 @@ def _default_max_tokens_rule(request: JSON, model: Model, changed: List[str]) ->
     return {"max_tokens": model.max_tokens, **request}
 
 
-# Each with the fields that it is about: without one of them it changes nothing.
-MODEL_RULES: Tuple[Tuple[FrozenSet[str], Callable[[JSON, Model, List[str]], JSON]], ...] = (
-    (frozenset({"max_tokens"}), _max_tokens_rule),
-    (frozenset({"max_tokens"}), _small_answer_rule),
-    (frozenset({"thinking"}), _thinking_rule),
-    (frozenset({"output_config"}), _effort_rule),
-    (frozenset({"temperature", "top_p", "top_k"}), _sampling_rule),
-    (frozenset({"tool_choice"}), _tool_choice_rule),
-    (frozenset({"messages"}), _system_message_rule),
-    (frozenset({"messages"}), _prefill_rule),
-    (frozenset({"output_config"}), _structured_output_rule),
-    (frozenset({"tools"}), _strict_tools_rule),
-    (frozenset({"messages"}), _default_max_tokens_rule),
+# Each with a field that it is about: without one of them it changes nothing.
+MODEL_RULES: Tuple[Tuple[str, Callable[[JSON, Model, List[str]], JSON]], ...] = (
+    ("max_tokens", _max_tokens_rule),
+    ("max_tokens", _small_answer_rule),
+    ("thinking", _thinking_rule),
+    ("output_config", _effort_rule),
+    ("temperature", _sampling_rule),
+    ("top_p", _sampling_rule),
+    ("top_k", _sampling_rule),
+    ("tool_choice", _tool_choice_rule),
+    ("messages", _system_message_rule),
+    ("messages", _prefill_rule),
+    ("output_config", _structured_output_rule),
+    ("tools", _strict_tools_rule),
+    ("messages", _default_max_tokens_rule),
 )
 
 _SCHEMA_REFUSED = r"[Ss]chema is too complex|recursive schemas"
@@ -2686,12 +2693,12 @@ class MessageAssembler(EventSink):
         self.message: Optional[JSON] = None
         self._pieces: List[str] = []
         self._raw: List[bytes] = []  # pieces that come after those, in JSON
-        self._in_text = False
+        self.in_text = False  # a text block is open
 
     @property
     def takes_text(self) -> bool:
         """Whether a text block is open."""
-        return self._in_text
+        return self.in_text
 
     @property
     def open_text(self) -> str:
@@ -2717,14 +2724,14 @@ class MessageAssembler(EventSink):
         message = object_or_empty(event.get("message"))
         usage = object_or_empty(message.get("usage"))
         self.message = {**message, "content": [], "usage": usage}
-        self._in_text = False
+        self.in_text = False
         return b""
 
     def _on_content_block_start(self, event: JSON) -> bytes:
         block = dict(object_or_empty(event.get("content_block")))
         self._blocks.append(block)
         self._pieces, self._raw = [], []
-        self._in_text = block.get("type") == "text" and self.message is not None
+        self.in_text = block.get("type") == "text" and self.message is not None
         return b""
 
     def _on_content_block_delta(self, event: JSON) -> bytes:
@@ -2747,7 +2754,7 @@ class MessageAssembler(EventSink):
         if not self._blocks:
             return b""
         block, text = self._blocks[-1], self.open_text
-        self._pieces, self._in_text = [], False
+        self._pieces, self.in_text = [], False
         if "input" in block:
             block.update(_parsed_input(text, block["input"]))
         elif block.get("type") in ("text", "thinking"):
@@ -2846,12 +2853,8 @@ class EventTransform:
         self._sink = sink
         self._events = EventDecoder()
         self._start = b"\n\n"  # of the last text delta; this of none
+        self.complete = False  # the answer has come to its regular end
         self.failed = False  # the client was told of an error, and gets nothing more
-
-    @property
-    def complete(self) -> bool:
-        """Whether the answer has come to its regular end."""
-        return self._sink.complete
 
     @property
     def heartbeat(self) -> bytes:
@@ -2860,11 +2863,12 @@ class EventTransform:
 
     def feed(self, burst: bytes) -> bytes:
         """Return what the client gets for `burst`; a failure becomes bytes too."""
-        if self.failed or self._sink.complete:
+        if self.failed or self.complete:
             return b""
         made: List[bytes] = []
         try:
             self._feed_events(self._events.feed(burst), made)
+            self.complete = self._sink.complete
         except ShimError as error:
             made.append(self.end(error))
         return b"".join(made)
@@ -3463,35 +3467,33 @@ def chat_json(messages: Sequence[JSON], reply: ChatReply) -> bytes:
     refused = reply.json_schema and message.get("stop_reason") == "refusal"
     if len(messages) > 1 or reply.json_object or refused or not _is_plain_text(message):
         return dumps(chat_from_messages(messages, reply))
-    usage = message["usage"]
+    usage, stop_reason = message["usage"], str(message.get("stop_reason"))
     prompt, completion = input_token_total(usage), token_count(usage, "output_tokens")
-    reason = str(message.get("stop_reason"))
-    return (
-        _plain_text_form(reason if reason in FINISH_REASONS else "")
-        % {  # a form is kept
-            b"id": dumps(message["id"])[1:-1],
-            b"model": dumps(message["model"])[1:-1],
-            b"text": dumps(message["content"][0]["text"])[1:-1],
-            b"created": reply.created,
-            b"prompt": prompt,
-            b"completion": completion,
-            b"total": prompt + completion,
-            b"read": token_count(usage, "cache_read_input_tokens"),
-            b"written": token_count(usage, "cache_creation_input_tokens"),
-            b"reasoning": thinking_token_count(usage),
-        }
-    )
+    return _plain_text_form(stop_reason if stop_reason in FINISH_REASONS else "") % {
+        b"id": escaped(message["id"]),
+        b"model": escaped(message["model"]),
+        b"text": escaped(message["content"][0]["text"]),
+        b"created": reply.created,
+        b"prompt": prompt,
+        b"completion": completion,
+        b"total": prompt + completion,
+        b"read": token_count(usage, "cache_read_input_tokens"),
+        b"written": token_count(usage, "cache_creation_input_tokens"),
+        b"reasoning": thinking_token_count(usage),
+    }
 
 
 def _is_plain_text(message: JSON) -> bool:
     """Whether an answer is one text and nothing else, as most are."""
-    block = message["content"][0] if len(message["content"]) == 1 else {}
-    texts = (block.get("text"), message.get("id"), message.get("model"))
-    plain = block.get("type") == "text" and len(block) == 2 and not message.get("stop_details")
+    block = object_or_empty(message["content"][0] if len(message["content"]) == 1 else None)
     return (
-        plain
-        and all(isinstance(text, str) for text in texts)
-        and isinstance(message["usage"], dict)
+        block.get("type") == "text"
+        and len(block) == 2
+        and isinstance(block.get("text"), str)
+        and isinstance(message.get("id"), str)
+        and isinstance(message.get("model"), str)
+        and isinstance(message.get("usage"), dict)
+        and not message.get("stop_details")
     )
 
 
@@ -3610,7 +3612,7 @@ class ChatStreamEncoder(EventSink):
     @property
     def takes_text(self) -> bool:
         """Whether text may be spliced: it may not where its characters count or are looked at."""
-        return self._splices and self._message.takes_text
+        return self._splices and self._message.in_text
 
     def feed_text(self, texts: List[bytes]) -> bytes:
         """Return the chunks of a run of text deltas: JSON text is spliced as it stands."""
@@ -4778,14 +4780,14 @@ class ResponsesStreamEncoder(EventSink):
     @property
     def takes_text(self) -> bool:
         """Whether text may be spliced: not where it is looked at, or not shown."""
-        return self._splices and self._message.takes_text
+        return self._splices and self._message.in_text
 
     def feed_text(self, texts: List[bytes]) -> bytes:
         """Return the events of a run of text deltas: JSON text is spliced as it stands."""
         self._message.feed_text(texts)
-        around, first = self._around_text, self._number
+        numbered = itertools.chain.from_iterable(enumerate(texts, self._number))
         self._number += len(texts)
-        return b"".join([around % pair for pair in enumerate(texts, first)])
+        return (self._around_text * len(texts)) % tuple(numbered)
 
     def fail(self, error: ShimError) -> bytes:
         """Return the two events that tell of a failure; nothing follows them."""
@@ -6144,7 +6146,7 @@ def ready_of(
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-def sent_now(sock: socket.socket, piece: memoryview) -> int:
+def sent_now(sock: socket.socket, piece: Union[bytes, memoryview]) -> int:
     """Return how many bytes a non-blocking socket takes now; OSError when it is broken."""
     try:
         return sock.send(piece)
@@ -6430,6 +6432,7 @@ class UpstreamConnection(Source):
         self, sock: socket.socket, way: Way, limits: Limits, release: Callable[..., None]
     ) -> None:
         self.sock: socket.socket = sock
+        self._sealed = isinstance(sock, ssl.SSLSocket)
         self._way = way
         self.used = False  # has carried an answer before
         self.idle_since = 0.0
@@ -6503,6 +6506,7 @@ class UpstreamConnection(Source):
         framing = response_framing(status, headers)
         self._chunks = ChunkedDecoder() if framing.chunked else None
         self._left, self._keep = framing.length, framing.keep and self._persistent
+        self._finished = framing.length == 0
         return UpstreamResponse(status, headers, self)
 
     def _head_burst(self) -> Optional[bytes]:
@@ -6536,21 +6540,17 @@ class UpstreamConnection(Source):
                 return answer
 
     def ready(self) -> bool:
-        return bool(self._buffer) or self._at_end() or holds_more(self.sock)
+        return bool(self._buffer) or self._finished or (self._sealed and holds_more(self.sock))
 
     def read(self) -> Optional[bytes]:
-        if self._at_end():
-            self._finished = True
+        if self._finished:
             return b""
         try:
             burst, self._buffer = self._buffer or received_now(self.sock, _BURST), b""
         except OSError as error:
             raise UpstreamCutError(f"the connection to upstream broke: {error}") from None
         body = None if burst is None else self._decoded(burst)
-        return body or (b"" if self._at_end() else None)
-
-    def _at_end(self) -> bool:
-        return self._finished or self._left == 0 or (self._chunks is not None and self._chunks.done)
+        return body or (b"" if self._finished else None)
 
     def _decoded(self, burst: bytes) -> bytes:
         if self._chunks is None and self._left is None:
@@ -6560,12 +6560,15 @@ class UpstreamConnection(Source):
             raise UpstreamCutError("upstream hung up in the middle of the answer")
         if self._chunks is not None:
             try:
-                return self._chunks.feed(burst)
+                body = self._chunks.feed(burst)
             except ProtocolError as error:
                 raise UpstreamCutError(f"upstream: {error.message}") from None
+            self._finished = self._chunks.done
+            return body
         assert self._left is not None
         body, self._buffer = burst[: self._left], burst[self._left :]
         self._left -= len(body)
+        self._finished = self._left == 0
         return body
 
     def close(self) -> None:
@@ -6577,10 +6580,10 @@ class UpstreamConnection(Source):
             self.drop()
 
     def rests(self) -> bool:
-        if not self._at_end():
+        if not self._finished:
             with contextlib.suppress(ShimError):
                 self.read()
-        return self._at_end() and not self._buffer and not (self._chunks and self._chunks.rest)
+        return self._finished and not self._buffer and not (self._chunks and self._chunks.rest)
 
     def drop(self) -> None:
         self._keep = False
@@ -8975,12 +8978,13 @@ def parsed_head(head: bytes) -> Head:
     method, target, version = line.decode("ascii").split(" ")
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise VersionNotSupportedError(f"claude_shim speaks HTTP/1.1, not {version}")
-    grouped: Dict[str, List[str]] = {}
     try:
-        for name, value in header_fields(lines):
-            grouped.setdefault(name, []).append(value)
+        fields = header_fields(lines)
     except ValueError as error:
         raise ProtocolError(str(error)) from None
+    grouped = {name: [value] for name, value in fields}
+    if len(grouped) < len(fields):
+        grouped = {name: [v for n, v in fields if n == name] for name in grouped}
     if len(grouped.get("content-type", ())) > 1:
         raise ProtocolError("expected one Content-Type header")
     return _with_authority(Head(method, target, int(version[-1]), grouped))
@@ -9412,7 +9416,8 @@ class Relay:
                 self.unwatch(watch.sock)
         for _ in range(len(self._calls)):
             self._guarded(*self._calls.popleft())
-        self._ask_due(time.monotonic())
+        if self._due:
+            self._ask_due(time.monotonic())
 
     def _patience(self) -> Optional[float]:
         if self._calls:
@@ -10345,37 +10350,41 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
     def _write(self, piece: bytes) -> None:
         if self.gone or self.closed or not piece:
             return
-        waits = bool(self._out)
-        self._out.append(memoryview(piece))
-        self.backlog += len(piece)
-        if not waits:
+        sent = 0 if self._out else self._taken(piece)
+        if sent == len(piece):
+            return
+        if not self._out:
             self._sent_at = time.monotonic()
-            self._flush()
+            self.server.relay.remind(self._sent_at + self.server.limits.write_seconds, self)
+        self._out.append(memoryview(piece)[sent:])
+        self.backlog += len(piece) - sent
+        self._listen()
+
+    def _taken(self, piece: Union[bytes, memoryview]) -> int:
+        """How many bytes the client takes now; all of them when it has gone."""
+        try:
+            return sent_now(self.request, piece)
+        except OSError:
+            self._out.clear()
+            self._hung_up()
+            return len(piece)
 
     def _flush(self) -> None:
-        before = self.backlog
         while self._out:
             piece = self._out[0]
-            try:
-                sent = sent_now(self.request, piece)
-            except OSError:
-                self._out.clear()
-                self._hung_up()
-                return
-            if not sent:
+            sent = self._taken(piece)
+            if not (self._out and sent):
                 break
+            self._sent_at = time.monotonic()
             self.backlog -= sent
             if sent == len(piece):
                 self._out.popleft()
             else:
                 self._out[0] = piece[sent:]
-        if self._out and self.backlog < before:
-            self._sent_at = time.monotonic()
-        if bool(self._out) != bool(self._events & selectors.EVENT_WRITE):
+        if not self._out:
             self._listen()
-            self.server.relay.remind(self._sent_at + self.server.limits.write_seconds, self)
-        if self._ending and not self._out:
-            self._linger()
+            if self._ending:
+                self._linger()
 
     # --- the end of an answer, and of the connection
 
