@@ -8984,7 +8984,9 @@ def parsed_head(head: bytes) -> Head:
         raise ProtocolError(str(error)) from None
     grouped = {name: [value] for name, value in fields}
     if len(grouped) < len(fields):
-        grouped = {name: [v for n, v in fields if n == name] for name in grouped}
+        grouped = {name: [] for name in grouped}
+        for name, value in fields:
+            grouped[name].append(value)
     if len(grouped.get("content-type", ())) > 1:
         raise ProtocolError("expected one Content-Type header")
     return _with_authority(Head(method, target, int(version[-1]), grouped))
