@@ -537,9 +537,10 @@ def loads(body: bytes, long: int = LONG_STRING) -> Any:
 
 
 def _loads(body: bytes, decoder: json.JSONDecoder) -> Any:
-    marks = body.translate(None, _NOT_BEFORE_VALUE)
-    if len(marks) > MAX_JSON_VALUES or len(marks) - marks.count(b",") > MAX_JSON_DEPTH:
-        _check_structure(body)
+    if len(body) > MAX_JSON_DEPTH:
+        marks = body.translate(None, _NOT_BEFORE_VALUE)
+        if len(marks) > MAX_JSON_VALUES or len(marks) - marks.count(b",") > MAX_JSON_DEPTH:
+            _check_structure(body)
     text = body.decode("utf-8")
     if text.startswith("\ufeff"):
         text = text[1:]
@@ -6887,7 +6888,12 @@ def send_with_retries(
     """
     waited = 0.0
     for attempt in itertools.count():
-        answer = yield from _tried(request)
+        answer: Union[UpstreamResponse, UpstreamUnreachableError]
+        try:
+            answer = yield request
+            _check_redirect(request, answer)
+        except UpstreamUnreachableError as error:
+            answer = error
         delay = retry_delay(answer.status, answer.headers, attempt)
         if delay is None or attempt >= policy.retries or waited + delay > policy.patience:
             return _final(answer, tries_spent=attempt > 0 and delay is not None)
@@ -6898,13 +6904,7 @@ def send_with_retries(
     raise AssertionError
 
 
-def _tried(
-    request: UpstreamRequest,
-) -> Conversation[Union[UpstreamResponse, UpstreamUnreachableError]]:
-    try:
-        answer = yield request
-    except UpstreamUnreachableError as error:
-        return error
+def _check_redirect(request: UpstreamRequest, answer: UpstreamResponse) -> None:
     unchanged = answer.status == 304 and request.method == "GET"
     if 300 <= answer.status < 400 and not unchanged:
         answer.source.drop()
@@ -6913,7 +6913,6 @@ def _tried(
             f" {redirect_target(answer.headers)}, which is not followed:"
             " --base-url is probably wrong"
         )
-    return answer
 
 
 def _final(
@@ -7727,6 +7726,8 @@ class Catalogue:
 
     def claim(self) -> bool:
         """Return whether it is time to ask upstream; only one caller is told so."""
+        if self._clock() < self._due:
+            return False
         with self._lock:
             due = self._clock() >= self._due
             if due:
@@ -7951,8 +7952,9 @@ def _told(names: Tuple[str, ...]) -> List[Tuple[int, str, bool]]:
 
 def openai_headers(headers: HeaderList, now: float) -> HeaderList:
     """Return the header fields of upstream's answer that an OpenAI client understands."""
+    values = list(map(VALUE_OF, headers))
     return [
-        (name, duration(headers[at][1], now) if instant else headers[at][1])
+        (name, duration(values[at], now) if instant else values[at])
         for at, name, instant in _told(tuple(map(NAME_OF, headers)))
     ]
 
@@ -9074,8 +9076,9 @@ def check_origin(
     Programs send no Origin; browsers do so with every request that crosses sites. OPTIONS
     only asks: it is answered, without permission.
     """
-    host = host_name("".join(head.values("host")))
-    if head.values("host") and host not in allowed_hosts and not is_loopback(host):
+    hosts = head.values("host")
+    host = host_name("".join(hosts))
+    if hosts and host not in allowed_hosts and not is_loopback(host):
         message = f"the host {plain(host)} is not served here; add --allow-host {plain(host)}"
         raise ForbiddenError(message)
     origins, sites = head.values("origin"), head.values("sec-fetch-site")
@@ -9896,7 +9899,8 @@ class Exchange(Party):
         self._request = request
         self._coding = coding  # of the request's body
         self.large = len(request.body) > _LARGE
-        self._errand = Errand(self.server, connection, self._conversation(), self._come)
+        asked = self._decompressed() if coding else self.server.app.answering(request)
+        self._errand = Errand(self.server, connection, asked, self._come)
         self._response = _NO_RESPONSE
         self._pumps: List[Pump] = []
         self._streams = False  # the head of the answer has gone out, or will with its first bytes
@@ -9914,12 +9918,10 @@ class Exchange(Party):
             self._deadline = math.inf
             self._errand.begin(prompt=self.server.app.prompt(self._request) and not self._coding)
 
-    def _conversation(self) -> Conversation[Response]:
-        request = self._request
-        if self._coding:
-            body = decompressed(request.body, self._coding, self.server.limits.max_body)
-            request = request._replace(body=body)
-        return (yield from self.server.app.answering(request))
+    def _decompressed(self) -> Conversation[Response]:
+        """What is asked of the App, in a worker's time."""
+        body = decompressed(self._request.body, self._coding, self.server.limits.max_body)
+        return (yield from self.server.app.answering(self._request._replace(body=body)))
 
     def _come(self, outcome: Union[Response, Exception]) -> None:
         if isinstance(outcome, Response):
