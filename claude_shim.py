@@ -10146,23 +10146,29 @@ class ClientConnection(socketserver.BaseRequestHandler, Party):
     def on_ready(self) -> None:
         """Send what is left to send, read what has come."""
         if self._out:
-            self._flush()
-            if self._exchange and self.backlog <= _FULL:
-                self._exchange.relieved()
-            elif self._more:
-                self._read_on()
+            self._send_on()
         if self._events & selectors.EVENT_READ and not self.closed:
             self._receive()
+
+    def _send_on(self) -> None:
+        self._flush()
+        if self._exchange and self.backlog <= _FULL:
+            self._exchange.relieved()
+        elif self._more:
+            self._read_on()
 
     def tick(self, now: float) -> float:
         if self.closed:
             return math.inf
-        if self._out and now - self._sent_at >= self.server.limits.write_seconds:
+        patience = self.server.limits.write_seconds
+        if self._out and now - self._sent_at >= patience:
+            self._send_on()  # the system may have taken a little from it, which it does not tell
+        if self._out and now - self._sent_at >= patience:
             self._hung_up()  # a reader that takes nothing for that long
         if now >= self._deadline:
             self._deadline = math.inf
             self._on_deadline()
-        stalled = self._sent_at + self.server.limits.write_seconds if self._out else math.inf
+        stalled = self._sent_at + patience if self._out else math.inf
         answering = self._exchange.tick(now) if self._exchange else math.inf
         return min(self._deadline, stalled, answering)
 

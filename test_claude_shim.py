@@ -18173,6 +18173,29 @@ def test_client_that_takes_nothing_any_more_is_gone() -> None:
         assert fake.gone.wait(PATIENCE)
 
 
+def test_client_that_takes_a_little_is_not_gone() -> None:
+    """The system tells only of much room to send, as of a third of its buffer."""
+    script = [BEGUN, in_chunks(*[sse(text_delta(0, "x" * 100_000))] * 300)]
+    with (
+        FakeUpstream(script) as fake,
+        shim.Server(app_before(fake.url)) as server,
+        RawClient(server) as client,
+    ):
+        client.send(POST_CHAT).until(b"Hel")
+        connection = next(iter(server.connections))
+        wait_until(lambda: connection.backlog > 256 << 10)
+        taken = sum(len(client.sock.recv(100_000)) for _ in range(10))
+        asked = threading.Event()
+
+        def ask_when_due() -> None:
+            connection.tick(connection._sent_at + 60)
+            asked.set()
+
+        server.relay.call(connection, ask_when_due)
+        assert asked.wait(PATIENCE)
+        assert (taken > 0, connection.closed) == (True, False)
+
+
 def test_slow_reader_gets_everything() -> None:
     texts = [text_delta(0, f"{number:05} " + "x" * 10_000) for number in range(500)]
     events = sse(*TEXT_EVENTS[:2], *texts, *TEXT_EVENTS[-3:])
