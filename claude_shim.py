@@ -6485,15 +6485,15 @@ class UpstreamConnection(Source):
 
         OSError if the connection broke before a byte of it.
         """
-        burst = self._head_burst()
+        burst, searched = self._head_burst(), max(0, len(self._buffer) - 3)
         self._buffer += burst or b""
         while burst:
-            end = self._buffer.find(b"\r\n\r\n")
+            end = self._buffer.find(b"\r\n\r\n", searched)
             if end < 0:
                 break
             status, headers = parsed_response_head(self._buffer[:end])
             self._persistent = self._buffer.startswith(b"HTTP/1.1")
-            self._buffer = self._buffer[end + 4 :]
+            self._buffer, searched = self._buffer[end + 4 :], 0
             if status >= 200:
                 return self._framed(status, headers)
             self._interim += 1  # 100 Continue, 103 Early Hints

@@ -14177,6 +14177,44 @@ def test_chat_strict_refuses_what_would_have_no_effect() -> None:
     assert settled(ask(app, CHAT, QUESTION)).status == 200
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        case("an id gets OpenAI's name", [("request-id", "r1")], [("x-request-id", "r1")]),
+        case(
+            "who pays",
+            [("x-claude-shim-billing", "api-key")],
+            [("x-claude-shim-billing", "api-key")],
+        ),
+        case(
+            "a limit has both names, an instant becomes a time to wait",
+            [
+                ("anthropic-ratelimit-tokens-limit", "5"),
+                ("anthropic-ratelimit-requests-reset", "1970-01-01T00:01:05Z"),
+            ],
+            [
+                ("x-ratelimit-limit-tokens", "5"),
+                ("anthropic-ratelimit-tokens-limit", "5"),
+                ("x-ratelimit-reset-requests", "1m5s"),
+                ("anthropic-ratelimit-requests-reset", "1970-01-01T00:01:05Z"),
+            ],
+        ),
+        case(
+            "a field that comes twice",
+            [("retry-after", "1"), ("retry-after", "2")],
+            [("retry-after", "1"), ("retry-after", "2")],
+        ),
+        case(
+            "what is upstream's alone", [("via", "x"), ("set-cookie", "a=b"), ("cf-ray", "1")], []
+        ),
+    ],
+)
+def test_header_fields_for_an_openai_client(
+    given: List[Tuple[str, str]], expected: List[Tuple[str, str]]
+) -> None:
+    assert shim.openai_headers(given, 0.0) == expected
+
+
 def test_chat_limits_of_upstream_are_told_in_both_forms() -> None:
     told = {
         "anthropic_ratelimit_requests_limit": "1000",
