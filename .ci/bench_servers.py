@@ -334,6 +334,7 @@ class Bench:
         # Two workers and the one they are compared with have the same two cores, which they share
         # with upstream and load only where there are no more.
         self.worker_cores = cores[1:3] if len(cores) > 2 else cores
+        self.spare = 10.0 if options.quick else 30.0  # seconds to take disturbed samples again
         os.sched_setaffinity(0, {self.load_core})
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
