@@ -2546,8 +2546,7 @@ def _marked_places(request: JSON) -> Iterator[JSON]:
 
 def _cache_marks(request: JSON) -> List[JSON]:
     places = itertools.chain(_marked_places(request), [request])
-    marked = [place for place in places if place.get("cache_control")]
-    return [place for place in marked if isinstance(place["cache_control"], dict)]
+    return [p for p in places if "cache_control" in p and object_or_empty(p["cache_control"])]
 
 
 def limited_cache_marks(request: JSON) -> JSON:
@@ -2628,11 +2627,8 @@ def thinking_token_count(usage: JSON) -> int:
 
 def input_token_total(usage: JSON) -> int:
     """Return all input tokens: the uncached rest, what the cache gave and what went into it."""
-    uncached, read = (
-        token_count(usage, "input_tokens"),
-        token_count(usage, "cache_read_input_tokens"),
-    )
-    return uncached + read + token_count(usage, "cache_creation_input_tokens")
+    names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+    return sum([token_count(usage, name) for name in names])
 
 
 THINKING_TYPES = ("thinking", "redacted_thinking")
@@ -3501,17 +3497,24 @@ def _is_plain_text(message: JSON) -> bool:
 @functools.lru_cache(maxsize=16)
 def _plain_text_form(stop_reason: str) -> bytes:
     """The JSON of such an answer, made of one with marks where its values go."""
-    usage: JSON = {"input_tokens": 1, "cache_read_input_tokens": 2}
-    usage.update(
-        cache_creation_input_tokens=4, output_tokens=8, output_tokens_details={"thinking_tokens": 3}
-    )
-    content = [{"type": "text", "text": "%(text)b"}]
-    message = {"id": "%(id)b", "model": "%(model)b", "content": content, "usage": usage}
-    message["stop_reason"] = stop_reason
-    marks = {2: b"read", 3: b"reasoning", 4: b"written", 5: b"created"}
-    marks.update({7: b"prompt", 8: b"completion", 15: b"total"})
-    form = dumps(chat_from_messages([message], ChatReply(created=5)))
-    return re.sub(rb":([1-9]\d*)", lambda mark: b":%%(%b)d" % marks[int(mark[1])], form)
+    usage = {
+        "input_tokens": 1,
+        "cache_read_input_tokens": 2,
+        "cache_creation_input_tokens": 4,
+        "output_tokens": 8,
+        "output_tokens_details": {"thinking_tokens": 3},
+    }
+    message = {
+        "id": "%(id)b",
+        "model": "%(model)b",
+        "content": [{"type": "text", "text": "%(text)b"}],
+        "stop_reason": stop_reason,
+        "usage": usage,
+    }
+    told = {2: "read", 3: "reasoning", 4: "written", 5: "created", 8: "completion"}
+    marks = {**told, 7: "prompt", 15: "total"}  # which are sums of those above
+    form = dumps(chat_from_messages([message], ChatReply(created=5))).decode("ascii")
+    return re.sub(r":([1-9]\d*)", lambda mark: f":%({marks[int(mark[1])]})d", form).encode("ascii")
 
 
 def _added(one: Any, other: Any) -> Any:
@@ -8185,8 +8188,7 @@ class App:
         """Return whether it takes no time to answer a request, or to ask upstream."""
         stored = "/responses" in request.path and self.store.place != "off"
         small = len(request.body) <= PROMPT_BYTES and not stored
-        fallback = self.policy.fallback
-        return small and self.credential.ready() and (fallback is None or fallback.ready())
+        return small and all(payer.ready() for payer in self.payers())
 
     def respond(self, request: Request) -> Response:
         """Return the answer, which may be an error; ClientGone when nobody waits for it."""
@@ -8299,15 +8301,17 @@ class App:
         self._check_strict(drafts[0])
         asked = yield from self._ask_all(request, drafts)
         headers, model = self._answer_headers(asked, drafts[0]), str(drafts[0].request["model"])
+        body: Union[Stream, Gathered]
         if stream:
             body = Stream(asked[0].source, EventTransform(form.encoder()))
-            return Response(200, headers, body, model)
-        head = Response(200, headers, model=model)
-        return Response(200, headers, self._gathered(request, asked, head, form), model)
+        else:
+            body = self._gathered(request, asked, Response(200, headers, model=model), form)
+        return Response(200, headers, body, model)
 
     def _gathered(
         self, request: Request, asked: List[Asked], head: Response, form: Form
     ) -> Gathered:
+        """The answers, of which the answer to the client is made when all have come."""
         sinks = [GatheringSink() for _ in asked]
         streams = [Stream(a.source, EventTransform(sink)) for a, sink in zip(asked, sinks)]
 
