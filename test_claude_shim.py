@@ -20174,6 +20174,15 @@ NOT_HERE = (
 NO_WORD = "a word that is neither an option nor a command"
 
 
+def said_of_wrong_words(words: List[str], capsys: pytest.CaptureFixture[str]) -> Tuple[str, str]:
+    """What the program writes to its output, and to its errors, before it ends by 2."""
+    with pytest.raises(SystemExit) as caught:
+        shim.main(words)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    return out, err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -20197,10 +20206,7 @@ NO_WORD = "a word that is neither an option nor a command"
 def test_wrong_word_on_the_command_line_is_not_repeated_as_it_may_be_a_key(
     words: List[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        shim.main(words)
-    assert caught.value.code == 2
-    out, err = capsys.readouterr()
+    out, err = said_of_wrong_words(words, capsys)
     assert err.splitlines()[-1].partition(": error: there is ")[2] == told
     assert "hunter2" not in out + err
 
@@ -20215,10 +20221,7 @@ def test_wrong_word_on_the_command_line_is_not_repeated_as_it_may_be_a_key(
 def test_value_of_what_takes_none_is_not_repeated_as_it_may_be_a_key(
     words: List[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        shim.main(words)
-    assert caught.value.code == 2
-    out, err = capsys.readouterr()
+    out, err = said_of_wrong_words(words, capsys)
     assert err.splitlines()[-1] == f"claude_shim: error: {told} explicit argument"
     assert not re.search("hun'?ter2", out + err)
 
