@@ -8959,7 +8959,7 @@ SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 _OTHER_PROTOCOLS = (
     (b"\x16\x03", ProtocolError, "this port speaks plain HTTP, not TLS: use http://"),
     (
-        b"PRI * HTTP/2.0\r\n",
+        b"PRI * HTTP/2.0",
         VersionNotSupportedError,
         "this port speaks HTTP/1.1 only: turn off HTTP/2 with prior knowledge",
     ),
@@ -8980,9 +8980,11 @@ def parsed_head(head: bytes) -> Head:
     """
     line, *lines = head.split(b"\r\n")
     if not _REQUEST_LINE.fullmatch(line):
+        check_protocol(line)
         raise ProtocolError("the request line is malformed")
     method, target, version = line.decode("ascii").split(" ")
     if version not in ("HTTP/1.1", "HTTP/1.0"):
+        check_protocol(line)
         raise VersionNotSupportedError(f"claude_shim speaks HTTP/1.1, not {version}")
     try:
         fields = header_fields(lines)
@@ -9240,9 +9242,10 @@ class RequestReader:
 
     def _check_size(self, head: bytes, complete: bool) -> None:
         limits = self._limits
-        check_protocol(head)
-        if not complete and b"\n" in head.replace(b"\r\n", b""):
-            raise ProtocolError("a line of the head ends in a bare LF")
+        if not complete:
+            check_protocol(head)
+            if b"\n" in head.replace(b"\r\n", b""):
+                raise ProtocolError("a line of the head ends in a bare LF")
         if len(head) <= limits.max_line and head.count(b"\r\n") <= limits.max_fields:
             return
         line, *fields = head.rstrip(b"\r\n").split(b"\r\n")

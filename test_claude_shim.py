@@ -16688,7 +16688,7 @@ def test_compressed_body_that_is_refused(
             (505, "this port speaks HTTP/1.1 only: turn off HTTP/2 with prior knowledge"),
         ),
         case("HTTP/1.1", b"PRI * HTTP/1.1\r\n", None),
-        case("a part of it", b"PRI * HTTP/2.0\r", None),
+        case("a part of it", b"PRI * HTTP/2.", None),
         case("nothing", b"", None),
     ],
 )
