@@ -492,9 +492,9 @@ def dumps(value: Any) -> bytes:
     return _encoded(value).encode("ascii")
 
 
-def escaped(text: str) -> bytes:
-    """Return what stands between the quotes of `text` as ASCII JSON."""
-    return json.encoder.encode_basestring_ascii(text)[1:-1].encode("ascii")
+def quoted(text: str) -> str:
+    """Return `text` as ASCII JSON."""
+    return json.encoder.encode_basestring_ascii(text)
 
 
 def dumps_around(value: Any, strings: Sequence[str]) -> Optional[bytes]:
@@ -937,7 +937,7 @@ def resolved_model_id(name: str, aliases: Dict[str, str], live: Sequence[Model])
             bare = target
             break
     else:
-        if bare not in ids and not _is_claude(bare):
+        if bare not in ids and not (_ALIAS.match(bare) or "claude" in bare.lower()):
             raise ModelNotFoundError(_no_such_model(name, aliases, live), param="model")
     if bare in ids:
         return bare
@@ -953,10 +953,6 @@ def newest_of_line(line: str, live: Sequence[Model]) -> str:
     """Return the id of the newest active model of `line`; upstream lists newest first."""
     dated = sorted(live, key=lambda model: model.created, reverse=True)
     return next(model.id for model in (*dated, *MODELS) if f"-{line}-" in model.id)
-
-
-def _is_claude(name: str) -> bool:
-    return bool(_ALIAS.match(name)) or "claude" in name.lower()
 
 
 def _no_such_model(name: str, aliases: Dict[str, str], live: Sequence[Model]) -> str:
@@ -1082,9 +1078,7 @@ def _codex_entry(number: int, entry: JSON) -> JSON:
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
 _KNOWN_FIELDS: Dict[bytes, Tuple[str, str]] = {}  # by line: most come again and again
 _MOST_KNOWN_FIELDS = 1024
-_SECRET_FIELDS = re.compile(  # are not kept
-    r".*(?:authorization|key|cookie|token|secret|password|assertion)"
-)
+_SECRETS = ("authorization", "key", "cookie", "token", "secret", "password", "assertion")
 
 
 def header_fields(lines: Iterable[bytes]) -> HeaderList:
@@ -1102,7 +1096,7 @@ def _field(line: bytes) -> Tuple[str, str]:
         raise ValueError("a header field is malformed")
     name = match.group(1).decode("ascii").lower()
     field = (name, match.group(2).decode("latin-1").strip(" \t"))
-    if len(line) < 200 and not _SECRET_FIELDS.fullmatch(name):
+    if len(line) < 200 and not name.endswith(_SECRETS):  # which are not kept
         if len(_KNOWN_FIELDS) >= _MOST_KNOWN_FIELDS:
             _KNOWN_FIELDS.clear()
         _KNOWN_FIELDS[line] = field
@@ -3100,9 +3094,6 @@ class ChatDraft(Draft):
         self.last_calls: Dict[str, str] = {}  # id of the last call, by name
 
 
-# --- content
-
-
 # --- messages
 
 
@@ -3371,7 +3362,7 @@ def messages_request_from_chat(
     draft = ChatDraft(model, recall)
     if body.get("messages") is None and body.get("input") is None:
         raise RequestError("you must give messages", param="messages")
-    if body.get("messages"):
+    if body.get("messages") and "input" in body:
         body = {name: value for name, value in body.items() if name != "input"}
     read_fields(draft, body, CHAT_REQUEST, CHAT_REJECTED)
     return draft
@@ -3466,18 +3457,20 @@ def chat_json(messages: Sequence[JSON], reply: ChatReply) -> bytes:
         return dumps(chat_from_messages(messages, reply))
     usage, stop_reason = message["usage"], str(message.get("stop_reason"))
     prompt, completion = input_token_total(usage), token_count(usage, "output_tokens")
-    return _plain_text_form(stop_reason if stop_reason in FINISH_REASONS else "") % {
-        b"id": escaped(message["id"]),
-        b"model": escaped(message["model"]),
-        b"text": escaped(message["content"][0]["text"]),
-        b"created": reply.created,
-        b"prompt": prompt,
-        b"completion": completion,
-        b"total": prompt + completion,
-        b"read": token_count(usage, "cache_read_input_tokens"),
-        b"written": token_count(usage, "cache_creation_input_tokens"),
-        b"reasoning": thinking_token_count(usage),
+    values = {
+        "id": quoted(f"chatcmpl-{message['id']}"),
+        "model": quoted(message["model"]),
+        "text": quoted(message["content"][0]["text"]),
+        "created": reply.created,
+        "prompt": prompt,
+        "completion": completion,
+        "total": prompt + completion,
+        "read": token_count(usage, "cache_read_input_tokens"),
+        "written": token_count(usage, "cache_creation_input_tokens"),
+        "reasoning": thinking_token_count(usage),
     }
+    form = _plain_text_form(stop_reason if stop_reason in FINISH_REASONS else "")
+    return (form % values).encode("ascii")
 
 
 def _is_plain_text(message: JSON) -> bool:
@@ -3495,7 +3488,7 @@ def _is_plain_text(message: JSON) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _plain_text_form(stop_reason: str) -> bytes:
+def _plain_text_form(stop_reason: str) -> str:
     """The JSON of such an answer, made of one with marks where its values go."""
     usage = {
         "input_tokens": 1,
@@ -3505,16 +3498,17 @@ def _plain_text_form(stop_reason: str) -> bytes:
         "output_tokens_details": {"thinking_tokens": 3},
     }
     message = {
-        "id": "%(id)b",
-        "model": "%(model)b",
-        "content": [{"type": "text", "text": "%(text)b"}],
+        "id": "%(id)s",
+        "model": "%(model)s",
+        "content": [{"type": "text", "text": "%(text)s"}],
         "stop_reason": stop_reason,
         "usage": usage,
     }
     told = {2: "read", 3: "reasoning", 4: "written", 5: "created", 8: "completion"}
     marks = {**told, 7: "prompt", 15: "total"}  # which are sums of those above
     form = dumps(chat_from_messages([message], ChatReply(created=5))).decode("ascii")
-    return re.sub(r":([1-9]\d*)", lambda mark: f":%({marks[int(mark[1])]})d", form).encode("ascii")
+    form = re.sub(r'"(?:chatcmpl-)?(%\(\w+\)s)"', r"\1", form)  # they come with quotes
+    return re.sub(r":([1-9]\d*)", lambda mark: f":%({marks[int(mark[1])]})d", form)
 
 
 def _added(one: Any, other: Any) -> Any:
@@ -6251,10 +6245,6 @@ class UpstreamRequest(NamedTuple):
     fresh: bool = False  # over a new connection
     handed_on: bool = False  # the events of its answer are not read before they are handed on
 
-    def with_headers(self, headers: HeaderList) -> UpstreamRequest:
-        """Return the same request with other header fields."""
-        return UpstreamRequest(self.method, self.path, headers, *self[3:])  # `_replace` is slow
-
     def prompt(self) -> bool:
         """Return whether to send it, and to go on when the head has come, takes no time."""
         return self.handed_on and not self.delay and len(self.body) <= PROMPT_BYTES
@@ -7302,10 +7292,6 @@ class Request(NamedTuple):
     watch: ClientWatch = ClientWatch()
     key_name: str = ""  # of the client key that it showed
 
-    def without_body(self) -> Request:
-        """Return what is known of the request when nothing of its body is needed any longer."""
-        return Request(self.method, self.path, self.headers, b"", *self[4:])
-
 
 class Transform:
     """Upstream's bytes in, the client's bytes out; here: the same bytes."""
@@ -8188,7 +8174,8 @@ class App:
         """Return whether it takes no time to answer a request, or to ask upstream."""
         stored = "/responses" in request.path and self.store.place != "off"
         small = len(request.body) <= PROMPT_BYTES and not stored
-        return small and all(payer.ready() for payer in self.payers())
+        fallback = self.policy.fallback
+        return small and self.credential.ready() and (fallback is None or fallback.ready())
 
     def respond(self, request: Request) -> Response:
         """Return the answer, which may be an error; ClientGone when nobody waits for it."""
@@ -8787,7 +8774,7 @@ def _authorized(
     """The answer to a request; after a 401 to a second try, if the credential can be renewed."""
     shown = credential.authorization(client)
     headers = with_authorization(call.headers, shown)
-    response = yield from send_with_retries(call.with_headers(headers), retries)
+    response = yield from send_with_retries(call._replace(headers=headers), retries)
     if response.status != 401:
         return response
     try:
@@ -8799,7 +8786,7 @@ def _authorized(
         return response
     read_error_body(response)
     headers = with_authorization(call.headers, newer)
-    return (yield from send_with_retries(call.with_headers(headers), retries))
+    return (yield from send_with_retries(call._replace(headers=headers), retries))
 
 
 class GatheringSink(MessageAssembler):
@@ -10070,7 +10057,7 @@ class Exchange(Party):
     def _forget(self) -> None:
         """Hold nothing that is large; a reminder may hold this for a minute."""
         self._pumps, self._response = [], _NO_RESPONSE
-        self._request = self._request.without_body()
+        self._request = self._request._replace(body=b"")
 
     def cancel(self) -> None:
         """The client is gone. A worker that has this still comes back, and finds it over."""
