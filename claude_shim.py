@@ -83,7 +83,6 @@ from typing import (
     Iterable,
     Iterator,
     List,
-    Match,
     NamedTuple,
     NoReturn,
     Optional,
@@ -1223,26 +1222,27 @@ class EventDecoder:
         self._size = 0
         self._after_cr = False
         self._at_start = True
+        self.between = False  # two events, with nothing kept back
 
     def feed(self, burst: bytes) -> bytes:
         """Return the bytes of the whole events, up to and with the last empty line."""
+        if self.between and burst.endswith(b"\n\n") and b"\r" not in burst:
+            return burst
         if self._after_cr or b"\r" in burst:
             burst = self._with_lf(burst)
-        if self._at_start and len(burst) >= 3 and not self._size:
-            burst = self._without_bom(burst)
-        if not (self._size or self._at_start) and burst.endswith(b"\n\n"):
-            return burst
         self._pieces.append(burst)
         self._size += len(burst)
+        self.between = False
         if b"\n" not in burst:
             self._check_size()
             return b""
         buffer = b"".join(self._pieces)
         if self._at_start:
-            buffer = self._without_bom(buffer)
+            buffer, self._at_start = buffer.removeprefix(b"\xef\xbb\xbf"), False
         end = buffer.rfind(b"\n\n") + 2
         end = end if end >= 2 else 0
         self._pieces, self._size = [buffer[end:]], len(buffer) - end
+        self.between = not (self._size or self._after_cr)
         self._check_size()
         return buffer[:end]
 
@@ -1254,10 +1254,6 @@ class EventDecoder:
         if burst:
             self._after_cr = burst.endswith(b"\r")
         return burst.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
-    def _without_bom(self, buffer: bytes) -> bytes:
-        self._at_start = False
-        return buffer[3:] if buffer.startswith(b"\xef\xbb\xbf") else buffer
 
     def _check_size(self) -> None:
         if self._size > self._limit:
@@ -2646,24 +2642,20 @@ class EventSink:
     """
 
     complete = False  # message_stop was seen: nothing is missing
+    takes = b""  # the type of deltas whose texts may come in JSON, by `feed_texts`; empty: none
 
     @property
     def heartbeat(self) -> bytes:
         """Bytes that fill a silence without a meaning of their own."""
         return b""
 
-    @property
-    def takes_text(self) -> bool:
-        """Whether text deltas may come as JSON texts, by `feed_text`."""
-        return False
-
     def feed(self, event: JSON) -> bytes:
         """Return the bytes that one event makes."""
         method = getattr(self, f"_on_{event.get('type')}", None)
         return method(event) if method else b""
 
-    def feed_text(self, texts: List[bytes]) -> bytes:
-        """Return the bytes that a run of text deltas makes, given as ASCII JSON without quotes."""
+    def feed_texts(self, texts: List[bytes]) -> bytes:
+        """Return the bytes that a run of deltas makes, given by their texts as ASCII JSON."""
         raise NotImplementedError
 
     def fail(self, error: ShimError) -> bytes:
@@ -2684,12 +2676,11 @@ class MessageAssembler(EventSink):
         self.message: Optional[JSON] = None
         self._pieces: List[str] = []
         self._raw: List[bytes] = []  # pieces that come after those, in JSON
-        self.in_text = False  # a text block is open
 
     @property
-    def takes_text(self) -> bool:
-        """Whether a text block is open."""
-        return self.in_text
+    def begun(self) -> bool:
+        """Whether a delta of text came for the open block."""
+        return bool(self._pieces or self._raw)
 
     @property
     def open_text(self) -> str:
@@ -2706,7 +2697,7 @@ class MessageAssembler(EventSink):
     def _blocks(self) -> List[JSON]:
         return self.message["content"] if self.message else []
 
-    def feed_text(self, texts: List[bytes]) -> bytes:
+    def feed_texts(self, texts: List[bytes]) -> bytes:
         """Add the texts to the open block."""
         self._raw += texts
         return b""
@@ -2715,14 +2706,14 @@ class MessageAssembler(EventSink):
         message = object_or_empty(event.get("message"))
         usage = object_or_empty(message.get("usage"))
         self.message = {**message, "content": [], "usage": usage}
-        self.in_text = False
+        self.takes = b""
         return b""
 
     def _on_content_block_start(self, event: JSON) -> bytes:
         block = dict(object_or_empty(event.get("content_block")))
         self._blocks.append(block)
         self._pieces, self._raw = [], []
-        self.in_text = block.get("type") == "text" and self.message is not None
+        self.takes = _BLOCK_DELTAS.get(str(block.get("type")), b"") if self.message else b""
         return b""
 
     def _on_content_block_delta(self, event: JSON) -> bytes:
@@ -2738,14 +2729,14 @@ class MessageAssembler(EventSink):
             block["signature"] = delta.get("signature")
         else:
             self._settle()
-            self._pieces.append(delta_text(delta))
+            self._pieces.extend(filter(None, [delta_text(delta)]))
         return b""
 
     def _on_content_block_stop(self, event: JSON) -> bytes:
         if not self._blocks:
             return b""
         block, text = self._blocks[-1], self.open_text
-        self._pieces, self.in_text = [], False
+        self._pieces, self.takes = [], b""
         if "input" in block:
             block.update(_parsed_input(text, block["input"]))
         elif block.get("type") in ("text", "thinking"):
@@ -2764,6 +2755,13 @@ class MessageAssembler(EventSink):
         return b""
 
 
+# The deltas that fill a block with text.
+_BLOCK_DELTAS = {
+    "text": b"text_delta",
+    "thinking": b"thinking_delta",
+    "tool_use": b"input_json_delta",
+    "server_tool_use": b"input_json_delta",
+}
 _MESSAGE_DELTA = ("stop_reason", "stop_sequence", "stop_details", "container")
 
 # The member of a delta that holds its piece of text.
@@ -2791,31 +2789,35 @@ def _parsed_input(text: str, given: Any) -> JSON:
     return {"input": value} if isinstance(value, dict) else {"input": {}, "partial_json": text}
 
 
-# A text delta, byte for byte as Anthropic writes it (it pads with spaces before the last brace).
-# What follows its start is looked at for a whole run at once. The JSON string grammar is spelled
-# out, so that the texts can be spliced as they stand; anything that differs in one byte takes the
-# way through the JSON parser.
-_DELTA_START = re.compile(
+# A delta of text, byte for byte as Anthropic writes it (it pads with spaces before the last brace).
+# The JSON string grammar is spelled out, so that texts can be spliced as they stand; anything that
+# differs in one byte takes the way through the JSON parser.
+_TYPE_AND_MEMBER = "|".join(f'{type_}","{member}' for type_, member in DELTA_TEXT.items())
+_START = (
     rb"event: content_block_delta\n"
     rb'data: \{"type":"content_block_delta","index":(?:0|[1-9]\d{0,5}),'
-    rb'"delta":\{"type":"text_delta","text":"'
-)
-_DELTA_TEXT = re.compile(
-    rb'(?<=\0)([^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*)'
-    rb'"\} *\}\0'
-)
-_PLAIN_DELTA_TEXT = re.compile(rb'(?<=\0)([^"\\\x00-\x1f]*)"\} *\}\0')  # without escapes
+    rb'"delta":\{"type":"(%b)":"'
+) % _TYPE_AND_MEMBER.encode("ascii")
+_TEXT = rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'
+_DELTA_START, _JSON_TEXT = re.compile(_START), re.compile(_TEXT)
+_DELTA_ENDS = frozenset(b"}" + b" " * padding + b"}" for padding in range(64))
+_ONE_DELTA = re.compile(_START + b"(" + _TEXT + rb')"\} *\}\n\n')
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
-def delta_texts(rests: Sequence[bytes]) -> List[bytes]:
-    """Return the texts of text deltas, given without their start, as JSON in ASCII without quotes.
+def delta_texts(events: Sequence[bytes], start: bytes) -> List[bytes]:
+    """Return the texts of deltas that all have this start, as JSON in ASCII without quotes.
 
     Empty ones are left out; none at all if one of the events has to be parsed.
     """
-    run = b"\0".join([b"", *rests, b""])
-    texts = (_DELTA_TEXT if b"\\" in run else _PLAIN_DELTA_TEXT).findall(run)
-    if not len(texts) == len(rests) == run.count(b"\0") - 1:
+    split = [
+        rest.rpartition(b'"')
+        for event in events
+        if (rest := event.removeprefix(start)) is not event
+    ]
+    texts = [text for text, _, end in split if end in _DELTA_ENDS]
+    run = b" ".join(texts)  # no escape sequence reaches over a space
+    if len(texts) < len(events) or not _JSON_TEXT.fullmatch(run):
         return []
     texts = list(filter(None, texts))
     return texts if run.isascii() else ascii_texts(texts)
@@ -2830,11 +2832,8 @@ def ascii_texts(texts: Iterable[bytes]) -> List[bytes]:
 
 
 def _escaped(text: bytes) -> bytes:
-    return _NOT_ASCII.sub(_escaped_characters, text.decode("utf-8")).encode("ascii")
-
-
-def _escaped_characters(match: Match[str]) -> str:
-    return json.encoder.encode_basestring_ascii(match.group())[1:-1]
+    escapes = _NOT_ASCII.sub(lambda found: quoted(found.group())[1:-1], text.decode("utf-8"))
+    return escapes.encode("ascii")
 
 
 class EventTransform:
@@ -2843,7 +2842,6 @@ class EventTransform:
     def __init__(self, sink: EventSink) -> None:
         self._sink = sink
         self._events = EventDecoder()
-        self._start = b"\n\n"  # of the last text delta; this of none
         self.complete = False  # the answer has come to its regular end
         self.failed = False  # the client was told of an error, and gets nothing more
 
@@ -2856,6 +2854,11 @@ class EventTransform:
         """Return what the client gets for `burst`; a failure becomes bytes too."""
         if self.failed or self.complete:
             return b""
+        takes = self._sink.takes
+        if takes and self._events.between:
+            token = _ONE_DELTA.fullmatch(burst)  # as models write
+            if token and token[1].startswith(takes) and token[2] and token[2].isascii():
+                return self._sink.feed_texts([token[2]])
         made: List[bytes] = []
         try:
             self._feed_events(self._events.feed(burst), made)
@@ -2865,34 +2868,40 @@ class EventTransform:
         return b"".join(made)
 
     def _feed_events(self, events: bytes, made: List[bytes]) -> None:
-        run: List[bytes] = []  # text deltas that follow each other, without their start
-        for block in events.split(b"\n\n")[:-1]:
-            rest = block.removeprefix(self._start)
-            if rest is not block:
-                run.append(rest)
-                continue
-            self._feed_run(run, made)
-            start = _DELTA_START.match(block) if self._sink.takes_text else None
-            run = [block[start.end() :]] if start else []
-            if start:
-                self._start = start.group()
-            else:
-                self._feed_parsed(block, made)
-        self._feed_run(run, made)
+        """Hand on whole events: deltas of text at once, those around them one by one."""
+        delta = _DELTA_START.search(events)
+        first, start = (delta.start(), delta.group()) if delta else (0, b"")
+        if not start or events[max(0, first - 2) : first] not in (b"", b"\n\n"):
+            self._feed_each(_blocks(events), made)
+            return
+        end = events.find(b"\n\n", events.rfind(start)) + 2
+        self._feed_each(_blocks(events[:first]), made)
+        deltas = _blocks(events[first:end])
+        if not self._splice(deltas, start, made):
+            self._feed_runs(deltas, start, made)
+        self._feed_each(_blocks(events[end:]), made)
 
-    def _feed_run(self, rests: Sequence[bytes], made: List[bytes]) -> None:
-        spliced = rests and self._sink.takes_text and not self._sink.complete
-        texts = delta_texts(rests) if spliced else []
+    def _feed_runs(self, blocks: Sequence[bytes], start: bytes, made: List[bytes]) -> None:
+        """The same for deltas of text that others stand between."""
+        for alike, group in itertools.groupby(blocks, lambda block: block.startswith(start)):
+            run = list(group)
+            if not (alike and self._splice(run, start, made)):
+                self._feed_each(run, made)
+
+    def _splice(self, run: Sequence[bytes], start: bytes, made: List[bytes]) -> bool:
+        """Hand on the texts of deltas as they stand; whether that could be done."""
+        takes = self._sink.takes
+        spliced = takes and takes in start and not self._sink.complete
+        texts = delta_texts(run, start) if spliced else []
         if texts:
-            made.append(self._sink.feed_text(texts))
-        else:
-            for rest in rests:
-                self._feed_parsed(self._start + rest, made)
+            made.append(self._sink.feed_texts(texts))
+        return bool(texts)
 
-    def _feed_parsed(self, block: bytes, made: List[bytes]) -> None:
-        event = None if self._sink.complete else parsed_event(block)
-        if event:
-            made.append(self._sink.feed(event))
+    def _feed_each(self, blocks: Iterable[bytes], made: List[bytes]) -> None:
+        for block in blocks:
+            event = None if self._sink.complete else parsed_event(block)
+            if event:
+                made.append(self._sink.feed(event))
 
     def end(self, error: Optional[ShimError] = None) -> bytes:
         """Return what the client gets when no more comes; a failure unless all had come."""
@@ -2902,6 +2911,10 @@ class EventTransform:
         return self._sink.fail(
             error or UpstreamCutError("upstream ended in the middle of the answer")
         )
+
+
+def _blocks(events: bytes) -> List[bytes]:
+    return events.split(b"\n\n")[:-1]
 
 
 def parsed_event(block: bytes) -> Optional[JSON]:
@@ -3601,20 +3614,16 @@ class ChatStreamEncoder(EventSink):
         self._reply = reply
         self._remember = remember or (lambda ids, blocks: None)
         self._message = MessageAssembler()  # blocks of text stay empty unless their text is needed
-        self._head: JSON = {}
-        self._around_text = (b"", b"")
+        self._head = b""  # of a chunk, the same in all
+        self._around = (b"", b"")  # the text of a delta of the open block
         self._calls = 0
         self._unfenced = Unfenced() if reply.json_object else None
-        self._splices = not (reply.annotated or reply.json_object)
 
-    @property
-    def takes_text(self) -> bool:
-        """Whether text may be spliced: it may not where its characters count or are looked at."""
-        return self._splices and self._message.in_text
-
-    def feed_text(self, texts: List[bytes]) -> bytes:
-        """Return the chunks of a run of text deltas: JSON text is spliced as it stands."""
-        before, after = self._around_text
+    def feed_texts(self, texts: List[bytes]) -> bytes:
+        """Return the chunks of a run of deltas: JSON text is spliced as it stands."""
+        if self.takes != b"text_delta":
+            self._message.feed_texts(texts)
+        before, after = self._around
         return before + (after + before).join(texts) + after
 
     def fail(self, error: ShimError) -> bytes:
@@ -3633,10 +3642,10 @@ class ChatStreamEncoder(EventSink):
         return {"role": "assistant", "content": "", "refusal": None}
 
     def _chunk(self, choices: List[JSON], usage: Optional[JSON] = None) -> bytes:
-        body = {**self._head, "choices": choices}
+        rest: JSON = {"choices": choices}
         if self._reply.include_usage:
-            body["usage"] = usage
-        return server_sent_event(dumps(body))
+            rest["usage"] = usage
+        return server_sent_event(b"%b,%b" % (self._head, dumps(rest)[1:]))
 
     def _delta(self, delta: JSON) -> bytes:
         return self._chunk([self._choice(delta, {})])
@@ -3655,8 +3664,8 @@ class ChatStreamEncoder(EventSink):
 
     def _on_message_start(self, event: JSON) -> bytes:
         self._message.feed(event)
-        message = self._message.message or {}
-        self._head = {
+        message, self.takes = self._message.message or {}, b""
+        head = {
             "id": f"{self.id_prefix}{message.get('id', '')}",
             "object": self.object,
             "created": self._reply.created,
@@ -3664,19 +3673,20 @@ class ChatStreamEncoder(EventSink):
             "service_tier": "default",
             "system_fingerprint": "claude_shim",
         }
-        before, _, after = self._delta(self._text_delta("\x00")).partition(b"\\u0000")
-        self._around_text = (before, after)
+        self._head = dumps(head)[:-1]
         first = self._first_delta()
         return self._delta(first) if first else b""
 
     def _on_content_block_start(self, event: JSON) -> bytes:
         self._message.feed(event)
         block = self._open_block()
+        self._calls += 1 if is_client_tool_use(block) else 0
+        self._around = self._prepared()
+        self.takes = self._message.takes if self._around[0] else b""
         if block.get("type") == "text" and block.get("text"):
             return self._text(str(block["text"]))
         if not is_client_tool_use(block):
             return b""
-        self._calls += 1
         name = self._name(block)
         if name in self._reply.custom_tools:
             return self._call(_custom_call(str(block.get("id")), name, ""))
@@ -3688,20 +3698,33 @@ class ChatStreamEncoder(EventSink):
         piece = delta_text(delta)
         if delta.get("type") != "text_delta" or self._reply.annotated:
             self._message.feed(event)
+        return self._piece(str(delta.get("type")), piece) if piece else b""
+
+    def _piece(self, type_: str, piece: str) -> bytes:
+        """The chunk of a piece of the open block, which a delta of this type brought."""
         block = self._open_block()
-        if not piece or block.get("type") not in _SHOWN_BLOCKS:
+        if block.get("type") not in _SHOWN_BLOCKS:
             return b""
-        if delta["type"] == "text_delta":
+        if type_ == "text_delta":
             return self._text(piece)
-        if delta["type"] == "thinking_delta":
+        if type_ == "thinking_delta":
             return self._delta({"reasoning_content": piece})
         if not is_client_tool_use(block) or self._name(block) in self._reply.custom_tools:
             return b""
         return self._call({"function": {"arguments": piece}})
 
+    def _prepared(self) -> Tuple[bytes, bytes]:
+        """What stands around such a piece; nothing where its characters count or are looked at."""
+        type_ = self._message.takes.decode("ascii")
+        if type_ == "text_delta" and (self._reply.annotated or self._unfenced):
+            return b"", b""
+        before, _, after = self._piece(type_, "\x00").rpartition(b"\\u0000")
+        return before, after
+
     def _on_content_block_stop(self, event: JSON) -> bytes:
         told = self._message.open_text.strip()
         self._message.feed(event)
+        self.takes = b""
         block = self._open_block()
         if block.get("type") in THINKING_TYPES:
             return self._thinking_block(block)
@@ -4473,6 +4496,7 @@ class OutputItem:
     """One item of an answer: whole, and as the events that open, fill and close it."""
 
     prefix = ""
+    told = ""  # what the deltas of its blocks brought, of those that are whole
 
     def __init__(self, index: int, block: JSON, reply: ResponsesReply) -> None:
         self.index = index
@@ -4490,6 +4514,10 @@ class OutputItem:
 
     def opening(self, block: JSON) -> Events:
         """Yield the events of a block that begins, the first or one that it takes."""
+        return iter(())
+
+    def before_deltas(self) -> Events:
+        """Yield the events that go before the first delta of a block."""
         return iter(())
 
     def delta(self, piece: str) -> Events:
@@ -4576,7 +4604,6 @@ class ReasoningItem(OutputItem):
     """A thinking block: its text as a summary, and itself, signed, in an envelope."""
 
     prefix = "rs"
-    _told = ""
 
     def whole(self, status: str) -> JSON:
         block = self.blocks[0]
@@ -4587,19 +4614,18 @@ class ReasoningItem(OutputItem):
             item["encrypted_content"] = sealed({"thinking": [block]}, self.reply.key)
         return item
 
+    def before_deltas(self) -> Events:
+        part = {"type": "summary_text", "text": ""}
+        yield "response.reasoning_summary_part.added", {"summary_index": 0, "part": part}
+
     def delta(self, piece: str) -> Events:
-        place = {"summary_index": 0}
-        if not self._told:
-            part = {"type": "summary_text", "text": ""}
-            yield "response.reasoning_summary_part.added", {**place, "part": part}
-        self._told += piece
-        yield "response.reasoning_summary_text.delta", {**place, "delta": piece}
+        yield "response.reasoning_summary_text.delta", {"summary_index": 0, "delta": piece}
 
     def closing(self) -> Events:
-        if self._told:
+        if self.told:
             place = {"summary_index": 0}
-            part = {"type": "summary_text", "text": self._told}
-            yield "response.reasoning_summary_text.done", {**place, "text": self._told}
+            part = {"type": "summary_text", "text": self.told}
+            yield "response.reasoning_summary_text.done", {**place, "text": self.told}
             yield "response.reasoning_summary_part.done", {**place, "part": part}
 
 
@@ -4607,10 +4633,6 @@ class FunctionCallItem(OutputItem):
     """A call of a function; its arguments are streamed as they come."""
 
     prefix = "fc"
-
-    def __init__(self, index: int, block: JSON, reply: ResponsesReply) -> None:
-        super().__init__(index, block, reply)
-        self._pieces: List[str] = []
 
     def whole(self, status: str) -> JSON:
         return self._call(status, arguments="" if status == "in_progress" else self._arguments())
@@ -4622,17 +4644,16 @@ class FunctionCallItem(OutputItem):
         return {**item, "call_id": self.blocks[0].get("id"), "name": called.name, **named}
 
     def _arguments(self) -> str:
-        block, told = self.blocks[0], "".join(self._pieces)
+        block = self.blocks[0]
         whole = dumps(object_or_empty(block.get("input"))).decode("ascii")
-        return told if told.strip() else str(block.get("partial_json") or whole)
+        return self.told if self.told.strip() else str(block.get("partial_json") or whole)
 
     def delta(self, piece: str) -> Events:
-        self._pieces.append(piece)
         yield "response.function_call_arguments.delta", {"delta": piece}
 
     def closing(self) -> Events:
         whole = self._arguments()
-        if not "".join(self._pieces).strip():
+        if not self.told.strip():
             yield "response.function_call_arguments.delta", {"delta": whole}
         yield "response.function_call_arguments.done", {"arguments": whole}
 
@@ -4765,8 +4786,7 @@ class ResponsesStreamEncoder(EventSink):
         self._open: Optional[OutputItem] = None
         self._filled: Optional[OutputItem] = None  # the open one, if the open block belongs to it
         self._number = 0  # of the next event
-        self._around_text = b""
-        self._splices = not (reply.json_object or reply.compacts)
+        self._around = b""  # the text of a delta of the open block
 
     @property
     def heartbeat(self) -> bytes:
@@ -4775,17 +4795,13 @@ class ResponsesStreamEncoder(EventSink):
             return COMMENT
         return _response_event("keepalive", {"sequence_number": self._number})
 
-    @property
-    def takes_text(self) -> bool:
-        """Whether text may be spliced: not where it is looked at, or not shown."""
-        return self._splices and self._message.in_text
-
-    def feed_text(self, texts: List[bytes]) -> bytes:
-        """Return the events of a run of text deltas: JSON text is spliced as it stands."""
-        self._message.feed_text(texts)
+    def feed_texts(self, texts: List[bytes]) -> bytes:
+        """Return the events of a run of deltas: JSON text is spliced as it stands."""
+        before = self._before_first()
+        self._message.feed_texts(texts)
         numbered = itertools.chain.from_iterable(enumerate(texts, self._number))
         self._number += len(texts)
-        return (self._around_text * len(texts)) % tuple(numbered)
+        return before + (self._around * len(texts)) % tuple(numbered)
 
     def fail(self, error: ShimError) -> bytes:
         """Return the two events that tell of a failure; nothing follows them."""
@@ -4813,7 +4829,7 @@ class ResponsesStreamEncoder(EventSink):
 
     def _on_message_start(self, event: JSON) -> bytes:
         self._message.feed(event)
-        message = self._message.message or {}
+        message, self.takes = self._message.message or {}, b""
         self._reply = self._reply._replace(model=message.get("model") or self._reply.model)
         begun = {"response": _response(self._reply, "in_progress", [])}
         return self._told([("response.created", begun), ("response.in_progress", begun)])
@@ -4821,17 +4837,17 @@ class ResponsesStreamEncoder(EventSink):
     def _on_content_block_start(self, event: JSON) -> bytes:
         if self._message.message is None:
             return b""
+        self._end_block()
         self._message.feed(event)
         return self._begun(self._message.message["content"][-1])
 
     def _begun(self, block: JSON) -> bytes:
-        closed, item = b"", self._open
+        closed, item, self.takes = b"", self._open, b""
         if item and item.takes(block):
             item.blocks.append(block)
         else:
             kind = _item_kind(block, self._reply)
             if kind is None:
-                self._filled = None
                 return b""
             closed = self._closed("completed")
             item = kind(len(self._output), block, self._reply)
@@ -4839,12 +4855,14 @@ class ResponsesStreamEncoder(EventSink):
             closed += self._told([("response.output_item.added", added)])
         self._open = self._filled = item
         opened = self._told(self._of(item, item.opening(block)))
-        self._around_text = self._prepared(item)
+        self._around = self._prepared(item)
+        self.takes = self._message.takes if self._around else b""
         return closed + opened + self._piece(block.get("text"))
 
     def _prepared(self, item: OutputItem) -> bytes:
-        """The event of a text delta, with gaps for its number and its text."""
-        events = self._of(item, item.delta("\x00")) if self.takes_text else ()
+        """The event of a delta, with gaps for its number and its text."""
+        looked_at = self._reply.json_object and self._message.takes == b"text_delta"
+        events = () if looked_at else self._of(item, item.delta("\x00"))
         for type_, fields in events:
             event = _response_event(type_, {"sequence_number": -1, **fields}).replace(b"%", b"%%")
             return event.replace(b":-1,", b":%d,").replace(b"\\u0000", b"%b")
@@ -4853,21 +4871,34 @@ class ResponsesStreamEncoder(EventSink):
     def _piece(self, piece: Any) -> bytes:
         if self._filled is None or not isinstance(piece, str) or not piece:
             return b""
-        return self._told(self._of(self._filled, self._filled.delta(piece)))
+        before = self._before_first()
+        return before + self._told(self._of(self._filled, self._filled.delta(piece)))
+
+    def _before_first(self) -> bytes:
+        """The events before the first delta of the open block."""
+        item = self._filled
+        if item is None or self._message.begun:
+            return b""
+        return self._told(self._of(item, item.before_deltas()))
 
     def _on_content_block_delta(self, event: JSON) -> bytes:
-        self._message.feed(event)
-        delta = object_or_empty(event.get("delta"))
-        return self._piece(delta.get(DELTA_TEXT.get(str(delta.get("type")), "")))
+        made = self._piece(delta_text(object_or_empty(event.get("delta"))))
+        return made + self._message.feed(event)
 
     def _on_content_block_stop(self, event: JSON) -> bytes:
-        self._filled = None
+        self._end_block()
         return self._message.feed(event)
+
+    def _end_block(self) -> None:
+        if self._filled:
+            self._filled.told += self._message.open_text
+        self._filled, self.takes = None, b""
 
     def _on_message_delta(self, event: JSON) -> bytes:
         return self._message.feed(event)
 
     def _closed(self, status: str) -> bytes:
+        self._end_block()
         item, self._open = self._open, None
         if item is None:
             return b""
