@@ -1239,8 +1239,7 @@ class EventDecoder:
         buffer = b"".join(self._pieces)
         if self._at_start:
             buffer, self._at_start = buffer.removeprefix(b"\xef\xbb\xbf"), False
-        end = buffer.rfind(b"\n\n") + 2
-        end = end if end >= 2 else 0
+        end = buffer.rfind(b"\n\n") + 2 if b"\n\n" in buffer else 0
         self._pieces, self._size = [buffer[end:]], len(buffer) - end
         self.between = not (self._size or self._after_cr)
         self._check_size()
@@ -7380,6 +7379,9 @@ class RelayTransform(Transform):
         self._tail = b""
 
     def feed(self, burst: bytes) -> bytes:
+        if burst.endswith(b"\n\n") and not self._rest:  # as mostly
+            self._tail = (self._tail + burst[-4096:])[-4096:]
+            return burst
         buffer = self._rest + burst
         marks = (b"\n\n", b"\r\n\r\n", b"\r\r")
         end = max(buffer.rfind(mark) + len(mark) if mark in buffer else 0 for mark in marks)
