@@ -479,8 +479,8 @@ _PART = 64 << 10  # stays in the processor's cache
 _PLAIN = b"+/-_=:;,.0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
-_NOT_BRACKET = bytes(set(range(256)) - set(_STEP))
 _NOT_BEFORE_VALUE = bytes(set(range(256)) - set(b"[{,"))
+_NOT_MARK = bytes(set(range(256)) - set(b'[{]},"'))
 _WHITE_SPACE = " \t\r\n"
 _HALF = r"[\ud800-\udfff]"  # the parser joined what is a pair
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -650,7 +650,7 @@ def _check_structure(body: bytes) -> None:
         values += text.count(b"[") + text.count(b"{") + text.count(b",")
         if values > MAX_JSON_VALUES:
             raise ValueError(f"it has more than {MAX_JSON_VALUES} values")
-        steps = map(_STEP.__getitem__, text.translate(None, _NOT_BRACKET))
+        steps = map(_STEP.__getitem__, text.replace(b",", b""))
         levels = list(itertools.accumulate(steps, initial=depth))
         if max(levels) > MAX_JSON_DEPTH:
             raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
@@ -658,15 +658,16 @@ def _check_structure(body: bytes) -> None:
 
 
 def _outside_strings(body: bytes) -> Iterator[bytes]:
-    """What stands outside of strings, in pieces: in linear time and little memory for any bytes.
+    """The marks outside of strings, in pieces: in linear time and little memory for any bytes.
 
     A regular expression for strings takes quadratic time where one is not closed.
     """
     if b"\\" in body:
         body = body.replace(b"\\\\", b"''").replace(b'\\"', b"''")  # by as many bytes: in one pass
+    marks = body.translate(None, _NOT_MARK).replace(b'""', b"")  # strings without marks are gone
     inside = 0
-    for start in range(0, len(body), 1 << 16):
-        pieces = body[start : start + (1 << 16)].split(b'"')
+    for start in range(0, len(marks), 1 << 16):
+        pieces = marks[start : start + (1 << 16)].split(b'"')
         yield b"".join(pieces[inside::2])
         inside ^= len(pieces) & 1 ^ 1
 
