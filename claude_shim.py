@@ -1144,41 +1144,44 @@ class ChunkedDecoder:
             if rest and size == b"%x" % (len(rest) - 2):  # one chunk, as mostly
                 self.done = size == b"0"
                 return rest[:-2]
-            whole = self._whole_chunks(burst)
-            if whole is not None:
-                return whole
-        buffer, position = self._pending + burst, 0
+        buffer, position, tried = self._pending + burst, 0, False
         pieces: List[bytes] = []
         while not self._in_trailer and position < len(buffer):
-            if self._left == 0:
+            if self._left == 0 and not tried:
+                position, tried = self._whole_chunks(buffer, position, pieces), True
+            elif self._left == 0:
                 line = _CHUNK_SIZE.match(buffer, position)
                 if line is None:
                     self._check_size_line(buffer[position : position + _MAX_CHUNK_LINE])
                     break
                 position, self._left = line.end(), int(line.group(1), 16) + 2
                 self._in_trailer = self._left == 2
-                continue
-            end = position + self._left
-            if end > len(buffer):
+            elif position + self._left > len(buffer):
                 position += self._partial(buffer[position:], pieces)
                 break
-            if buffer[end - 2 : end] != b"\r\n":
-                raise ProtocolError("a chunk of the body does not end in CRLF")
-            pieces.append(buffer[position : end - 2])
-            position, self._left = end, 0
+            else:
+                end = position + self._left
+                if buffer[end - 2 : end] != b"\r\n":
+                    raise ProtocolError("a chunk of the body does not end in CRLF")
+                pieces.append(buffer[position : end - 2])
+                position, self._left = end, 0
         self._pending = buffer[position:]
         if self._in_trailer:
             self._after_chunks()
         return b"".join(pieces)
 
-    def _whole_chunks(self, burst: bytes) -> Optional[bytes]:
-        """The data of whole chunks, of which none holds a CRLF; None for anything else."""
-        *lines, _ = burst.split(b"\r\n")
-        pieces = lines[1::2]
-        if lines[::2] != [b"%x" % len(piece) for piece in pieces] or b"" in pieces[:-1]:
-            return None
-        self.done = not pieces[-1]
-        return b"".join(pieces)
+    def _whole_chunks(self, buffer: bytes, position: int, pieces: List[bytes]) -> int:
+        """Take what is whole of chunks, if none holds a CRLF; where they end."""
+        *lines, rest = buffer[position:].split(b"\r\n")
+        found = lines[1::2]
+        sizes = lines[: 2 * len(found) : 2]
+        if b"" in found[:-1] or sizes != [b"%x" % len(piece) for piece in found]:
+            return position
+        last = found[-1:] == [b""]
+        self.done = last and not rest and len(lines) == 2 * len(found)
+        taken = found[:-1] if last and not self.done else found
+        pieces += taken
+        return len(buffer) - len(b"\r\n".join([*lines[2 * len(taken) :], rest]))
 
     def _partial(self, piece: bytes, pieces: List[bytes]) -> int:
         """Hand out the data of an unfinished chunk, but not its CRLF: how many bytes were taken."""
