@@ -6140,7 +6140,7 @@ def _checked_code(code: str) -> str:
 
 MAX_HEAD_BYTES = 64 << 10
 _MOST_INTERIM = 100
-_BURST = 256 << 10
+_BURST = 128 << 10  # of more the memory is given back to the system, and is new each time
 _PIECE = 64 << 10
 
 
@@ -9328,10 +9328,10 @@ class Party:
 class Watch:
     """What the relay looks for at one socket, and for whom; None while it rests."""
 
-    __slots__ = ("events", "party", "sock")
+    __slots__ = ("events", "number", "party", "sock")
 
     def __init__(self, sock: socket.socket, events: int, party: Party) -> None:
-        self.sock, self.events = sock, events
+        self.sock, self.events, self.number = sock, events, sock.fileno()
         self.party: Optional[Party] = party
 
 
@@ -9345,10 +9345,10 @@ def epoll_of(selector: selectors.BaseSelector) -> Optional[select.epoll]:
     return None
 
 
-class Relay:
+class Relay(Party):
     """One thread that reads and writes for all connections, so that none costs a thread.
 
-    Only `call` may be used from other threads.
+    Only `call` may be used from other threads; it makes a socket ready, of which this is the party.
     """
 
     def __init__(self, on_fault: Callable[[Exception, str], None]) -> None:
@@ -9365,8 +9365,7 @@ class Relay:
         self._numbers = itertools.count()
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
-        self._wakened.setblocking(False)
-        self._selector.register(self._wakened, selectors.EVENT_READ)
+        self.watch(self._wakened, selectors.EVENT_READ, self)
         self._thread: Optional[threading.Thread] = None
         self._ended = False
 
@@ -9386,6 +9385,9 @@ class Relay:
             self._epoll.close()
         self._waker.close()
         self._wakened.close()
+
+    def on_ready(self) -> None:
+        self._wakened.recv(1 << 12)
 
     def _end(self) -> None:
         self._ended = True
@@ -9418,7 +9420,7 @@ class Relay:
             closed = self._selector.unregister(watch.sock).data  # by its number: the other has none
             del self._watched[closed.sock]
             self._selector.register(watch.sock, watch.events, watch)
-        self._numbered[watch.sock.fileno()] = watch
+        self._numbered[watch.number] = watch
 
     def unwatch(self, sock: socket.socket) -> None:
         """Look at a socket no more."""
@@ -9426,7 +9428,8 @@ class Relay:
         if watch:
             watch.party = None
             self._selector.unregister(sock)
-            del self._numbered[sock.fileno()]
+            if self._numbered.get(watch.number) is watch:  # else the number is another's by now
+                del self._numbered[watch.number]
 
     def rest(self, sock: socket.socket) -> None:
         """Look at a socket no more for now, so that to watch it again takes no system call.
@@ -9458,9 +9461,7 @@ class Relay:
 
     def _turn(self) -> None:
         for watch in self._ready(self._patience()):
-            if watch is None:
-                self._wakened.recv(1 << 12)
-            elif watch.party:
+            if watch.party:
                 self._guarded(watch.party, watch.party.on_ready)
             elif watch is self._watched.get(watch.sock):  # else one before it ended that
                 self.unwatch(watch.sock)
@@ -9469,11 +9470,12 @@ class Relay:
         if self._due:
             self._ask_due(time.monotonic())
 
-    def _ready(self, patience: Optional[float]) -> List[Optional[Watch]]:
-        """What is ready; None for what wakes the relay."""
+    def _ready(self, patience: Optional[float]) -> List[Watch]:
         if self._epoll is None:
             return [key.data for key, _ in self._selector.select(patience)]
-        return [self._numbered.get(number) for number, _ in self._epoll.poll(patience)]
+        found, known = self._epoll.poll(patience), self._numbered
+        # A closed one is told of, too, as long as a program that is being started still holds it.
+        return [known[number] for number, _ in found if number in known]
 
     def _patience(self) -> Optional[float]:
         if self._calls:
